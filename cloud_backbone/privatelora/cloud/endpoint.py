@@ -218,13 +218,17 @@ class Connection:
                 return
             self.plane.quota.spend(self.owner, frame.payload_bytes, 0)
             work = session.accept(frame)
-            if work is not None:
+            if work is None:
+                continue
+            if self.plane.engine.is_short(work.rows):
+                await self._answer(work)
+            else:  # other streams' frames are read meanwhile
                 task = asyncio.create_task(self._answer(work))
                 self._working.add(task)
                 task.add_done_callback(self._finished)
 
     async def _answer(self, work: Work) -> None:
-        frame = await self.plane.engine.run(work)
+        frame = await self.plane.engine.run(work.run, work.rows)
         if frame is not None:
             self.plane.quota.spend(self.owner, 0, frame.payload_bytes)
             await self._send(frame)

@@ -25,7 +25,14 @@ from privatelora.protocol.messages import Limits, OpenRequest
 
 Key = tuple[int, int]
 """(step, stream)"""
-Work = Callable[[], Frame | None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A unit of work over `rows` rows; `run` gives the frame that it leads to."""
+
+    rows: int
+    run: Callable[[], Frame | None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Session:
             Kind.GRAD_HIDDEN: active.split.back,
             Kind.GRAD_ENCODED: active.split.back_resume,
         }[frame.kind]
-        return lambda: self._reply(key, active, lambda: advance(tensor))
+        return Work(active.split.ragged.n, lambda: self._reply(key, active, lambda: advance(tensor)))
 
     def _begin(self, key: Key, frame: Frame) -> Work:
         """Start a pass with h_first; checks spans, selection and limits."""
@@ -170,7 +177,7 @@ class Session:
             config, self.backbone.layers, self.placement, self.inline, ragged, rows, keep=frame.phase is Phase.TRAIN
         )
         active = self.passes[key] = ActivePass(split, frame.phase, sequences)
-        return lambda: self._reply(key, active, lambda: split.start(h))
+        return Work(n, lambda: self._reply(key, active, lambda: split.start(h)))
 
     def _reply(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Frame | None:
         """Run one unit of work (on the compute thread) and write the frame that it leads to."""

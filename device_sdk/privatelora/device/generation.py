@@ -5,6 +5,7 @@ Plain functions over logits and ids; `session.py` runs the model. Nothing here t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,14 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from privatelora.protocol.errors import ConfigurationError
 
-UNFINISHED = "\ufffd"  # a tokenizer's mark for bytes that are not yet a whole character
+UNFINISHED = "\ufffd"  # a tokenizer's mark for bytes that are not yet a whole character, one or one a byte
 
 
 class Sampler:
     """Picks the next token from logits: greedy at temperature 0, else top-p sampling with a seed of its own."""
 
     def __init__(self, temperature: float, top_p: float, seed: int | None) -> None:
-        if temperature < 0 or not 0 < top_p <= 1:
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
             raise ConfigurationError(f"temperature {temperature} must be 0 or more, and top_p {top_p} in (0, 1]")
         self.temperature, self.top_p = temperature, top_p
         self.generator = torch.Generator()
@@ -33,7 +34,8 @@ class Sampler:
         """Next token id for logits (vocab,)."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities = torch.softmax(logits / self.temperature, dim=-1)
+        # below 0, so that a temperature close to 0 gives minus infinity and not NaN
+        probabilities = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(descending=True)
             beyond = ordered.cumsum(0) - ordered >= self.top_p  # the first that reaches top_p stays
@@ -52,9 +54,8 @@ def pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase, stop: Sequ
         if ends:
             yield text[shown : min(ends)]
             return
-        safe = len(text) - max((_overlap(text, s) for s in stop), default=0)
-        if text.endswith(UNFINISHED):
-            safe = min(safe, len(text) - 1)
+        whole = text.rstrip(UNFINISHED)
+        safe = len(whole) - max((_overlap(whole, s) for s in stop), default=0)
         if safe > shown:
             yield text[shown:safe]
             shown = safe

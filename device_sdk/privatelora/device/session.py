@@ -13,6 +13,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -209,7 +210,7 @@ class DeviceSession:
         total, labelled = 0.0, 0
         for first in range(0, len(data.examples), batch_size):
             batch = Batch.of(data.examples[first : first + batch_size])
-            total += self._replaying(lambda batch=batch: self.split.score(batch))  # type: ignore[misc]
+            total += self._replaying(partial(self.split.score, batch))
             labelled += len(batch.rows)
         return Evaluation(total / labelled, labelled, len(data.examples))
 

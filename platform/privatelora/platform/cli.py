@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from privatelora.platform.console import Spinner, columns, print_table
 from privatelora.protocol.errors import PrivateLoraError
 from privatelora.protocol.placement import NAMES
 
@@ -190,10 +190,10 @@ def config(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         print(json.dumps({one.name: {"value": one.value, "source": one.source} for one in found}, indent=2))
     else:
-        table = _table("setting", "value", "from", "meaning")
+        table = columns("setting", "value", "from", "meaning")
         for one in found:
             table.add_row(one.name, one.value, one.source, one.description)
-        _print_table(table)
+        print_table(table)
     for name in unknown_variables():
         Console(stderr=True).print(
             f"[yellow]{name} is set, but nothing reads it; is it misspelt?[/yellow]", highlight=False
@@ -212,12 +212,12 @@ def list_sets(data_dir: DataDir = None) -> None:
         print(f"no set is published in {directory}; the first start of `privatelora up` makes them")
         return
     newest = {(info.model_hash, info.kind): info.sha256 for info in infos}
-    table = _table("set", "kind", "ranks up to", "size", "model", "")
+    table = columns("set", "kind", "ranks up to", "size", "model", "")
     for info in infos:
         default = "default" if newest[info.model_hash, info.kind] == info.sha256 else ""
         ranks = f"{info.max_rank_down} down, {info.max_rank_up} up"
         table.add_row(info.sha256[:16], info.kind, ranks, f"{info.nbytes / 1e6:.1f} MB", info.model_hash[:16], default)
-    _print_table(table)
+    print_table(table)
 
 
 @adapters.command("export", epilog="Example:\n\n  privatelora adapters export 3f9a01 ./backup/")
@@ -252,9 +252,8 @@ def import_set(
     from privatelora.platform.settings import load_settings
 
     settings = load_settings({"model": model, "dtype": dtype, "data_dir": data_dir})
-    progress = Progress()
-    parts = publish_model(source_of(settings.model), settings.data_dir, getattr(torch, settings.dtype), progress)
-    progress.end()
+    with Spinner(Console(stderr=True)) as progress:
+        parts = publish_model(source_of(settings.model), settings.data_dir, getattr(torch, settings.dtype), progress)
     info = SetStore(settings.data_dir / "sets").add_file(source, parts.config, parts.model_hash)
     print(f"{info.sha256} ({info.kind}, ranks up to {info.max_rank_down} down and {info.max_rank_up} up)")
 
@@ -278,10 +277,10 @@ def _serve(options: dict[str, Any], as_json: bool) -> None:
 
     settings = load_settings(options)
     configure_logging(settings.log_level, settings.log_format)
-    progress = Progress()
+    progress = Spinner(Console(stderr=True))
 
     def ready(service: Ready) -> None:
-        progress.end()
+        progress.stop()
         if as_json:
             print(json.dumps({"url": service.url, "token_file": str(service.token_file)}), flush=True)
             return
@@ -300,47 +299,5 @@ def _serve(options: dict[str, Any], as_json: bool) -> None:
                 "Set --certfile and --keyfile, or put a TLS proxy in front.[/yellow]"
             )
 
-    try:
+    with progress:
         serve(settings, progress, ready)
-    finally:
-        progress.end()
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")  # a path or hash is never shortened
-    return table
-
-
-def _print_table(table: Table) -> None:
-    """Fit a terminal; in a pipe one line a row, for grep."""
-    terminal = sys.stdout.isatty()
-    Console(width=None if terminal else 1000, highlight=False).print(table)
-
-
-class Progress:
-    """What a slow start is doing, on stderr: a spinner on a terminal, else at most a line a second."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._status = self._console.status("", spinner="dots") if self._console.is_terminal else None
-        self._shown = False
-        self._next_line_s = 0.0
-
-    def __call__(self, text: str) -> None:
-        if self._status is None:
-            if time.monotonic() >= self._next_line_s:
-                self._console.print(text, markup=False, soft_wrap=True)
-                self._next_line_s = time.monotonic() + 1.0
-            return
-        self._status.update(text)
-        if not self._shown:
-            self._status.start()
-            self._shown = True
-
-    def end(self) -> None:
-        """Remove the spinner."""
-        if self._status is not None and self._shown:
-            self._status.stop()
-            self._shown = False

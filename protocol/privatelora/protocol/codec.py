@@ -82,8 +82,9 @@ def decode(data: memoryview, dtype: WireDtype, shape: tuple[int, ...]) -> Array:
     if dtype is WireDtype.INT8:
         rows = math.prod(shape[:-1])
         scales = np.frombuffer(data[: 4 * rows], "<f4")
-        finite = bool(np.isfinite(scales).all())
-        array: Array = np.frombuffer(data[4 * rows :], "i1").reshape(rows, -1).astype("<f4") * scales[:, None]
+        with np.errstate(all="ignore"):  # a scale may be NaN, or so large that its row overflows
+            array: Array = np.frombuffer(data[4 * rows :], "i1").reshape(rows, -1).astype("<f4") * scales[:, None]
+        finite = bool(np.isfinite(array).all())
     else:
         array = np.frombuffer(data, _NUMPY[dtype])
         if dtype is WireDtype.BFLOAT16:

@@ -1,0 +1,1 @@
+"""Benchmarks: what this project claims in figures, measured on this machine (`make bench`, `python -m benchmarks`)."""

@@ -1,0 +1,47 @@
+"""`python -m benchmarks [--only name,name]`: measure rows, write bench-out/bench.json anew, print the same as a table.
+
+`make bench ONLY=name,name` calls this. The exit status is 1 if a row could not be measured, whatever the figures are.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import quality, speed
+from benchmarks.rows import OUTPUT, Row, show, write
+from benchmarks.workbench import Workbench
+
+MODULES = (speed, quality)
+NAMES = [name for module in MODULES for name in module.TARGETS]
+PATH = OUTPUT / "bench.json"
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Names of rows, with commas between; all of them unless set.")] = "",
+) -> None:
+    """Measure this project's figures on this machine."""
+    names = [name.strip() for name in only.split(",") if name.strip()] or NAMES
+    if unknown := [name for name in names if name not in NAMES]:
+        raise typer.BadParameter(f"no row is called {', '.join(unknown)}; the rows are {', '.join(NAMES)}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    rows: list[Row] = []
+    PATH.unlink(missing_ok=True)
+    with Workbench() as bench:
+        for module in MODULES:
+            for row in module.measure([name for name in names if name in module.TARGETS], bench):
+                rows.append(row)
+                write(rows, PATH)
+    show(rows, Console())
+    print(f"written to {PATH}")
+    sys.exit(any(row.value is None for row in rows))
+
+
+typer.run(main)

@@ -1,0 +1,52 @@
+"""A data plane process for tests that need several users or small limits, which `privatelora backbone` has no options for.
+
+    python -m tests.support.plane --model DIR --data-dir DIR --tokens '{"alice": "..."}' --settings '{"max_sessions": 2}'
+
+Prints one JSON line with its URL once it serves, as the real command does; everything below that is the service's own
+code. `tests/support/service.py` starts it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+from pathlib import Path
+
+import torch
+
+from privatelora.cloud.admission import TokenAdmission
+from privatelora.cloud.backbone import Backbone
+from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tokens", type=json.loads, required=True)
+    parser.add_argument("--settings", type=json.loads, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    given = parser.parse_args()
+
+    backbone = Backbone.load(given.model, given.data_dir, getattr(torch, given.dtype))
+    users = {token: user for user, token in given.tokens.items()}
+    data_plane = DataPlane(backbone, TokenAdmission(users), DataPlaneSettings(**given.settings))
+    listener = socket.create_server(("127.0.0.1", given.port))
+    asyncio.run(_serve(data_plane, listener))
+
+
+async def _serve(data_plane: DataPlane, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    running = server(data_plane, "127.0.0.1", port)
+    serving = asyncio.create_task(running.serve(sockets=[listener]))
+    while not running.started and not serving.done():
+        await asyncio.sleep(0.01)
+    print(json.dumps({"url": f"http://127.0.0.1:{port}"}), flush=True)
+    await serving
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-import logging
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -29,9 +30,9 @@ def main(
     names = [name.strip() for name in only.split(",") if name.strip()] or NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"no row is called {', '.join(unknown)}; the rows are {', '.join(NAMES)}")
+    signal.signal(signal.SIGTERM, _terminated)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     rows: list[Row] = []
     PATH.unlink(missing_ok=True)
     with Workbench() as bench:
@@ -42,6 +43,10 @@ def main(
     show(rows, Console())
     print(f"written to {PATH}")
     sys.exit(any(row.value is None for row in rows))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)  # by way of every `with`, so that no service stays behind
 
 
 typer.run(main)

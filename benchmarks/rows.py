@@ -88,34 +88,32 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The same rows for a terminal; green reaches its aim, red misses its floor."""
-    made = Table(show_edge=False, header_style="bold")
-    made.add_column("row", no_wrap=True)
-    for column in ("value", "baseline", "ratio", "floor", "aim"):
-        made.add_column(column, justify="right", no_wrap=True)
-    made.add_column("conditions", overflow="fold", ratio=1)
-    for row in rows:
-        value = "not measured" if row.value is None else f"{row.value:.4g} {row.target.unit}"
-        cells = (number(row.baseline), number(row.ratio), bound(row, row.target.floor), bound(row, row.target.aim))
-        made.add_row(row.name, value, *cells, row.conditions, style=_style(row))
-    return made
-
-
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Print the table, whole where there is no terminal to fit."""
-    console.print(table(rows), width=None if console.is_terminal else 240)
+    """Print the same as a table, green where an aim is reached and red where a floor is missed, and the conditions."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("row", no_wrap=True)
+    for column in ("value", "unit", "baseline", "ratio", "floor", "aim"):
+        table.add_column(column, justify="left" if column == "unit" else "right", no_wrap=True)
+    for row in rows:
+        target = row.target
+        value, ratio = _number(row.value), _number(row.ratio)
+        floor, aim = _bound(target, target.floor), _bound(target, target.aim)
+        table.add_row(row.name, value, target.unit, _number(row.baseline), ratio, floor, aim, style=_style(row))
+    piped = not console.is_terminal  # then there is no width to fit
+    console.print(table, width=160 if piped else None, soft_wrap=piped)
+    for row in rows:
+        console.print(f"{row.name}: {row.conditions}", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def number(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def bound(row: Row, value: float | None) -> str:
-    """A floor or an aim, with the sign of its direction."""
+def _bound(target: Target, value: float | None) -> str:
+    """A floor or an aim with the sign of its direction, on the value or on the ratio."""
     if value is None:
         return "-"
-    return f"{'≥' if row.target.better == 'higher' else '≤'} {value:g}"
+    return f"{target.judged} {'≥' if target.better == 'higher' else '≤'} {value:g}"
 
 
 def _style(row: Row) -> str:

@@ -1,7 +1,7 @@
 """How fast one session is, against transformers on this machine in the same dtype and the same run.
 
-    generate_*      tokens/s of `DeviceSession.generate`, over `model.generate`        (prompt of 100 tokens, 50 new ones)
-    train_*         tokens/s of `DeviceSession.forward_backward`, over the same adapter by hooks  (4 x 128 tokens)
+    generate_*   tokens/s of `DeviceSession.generate` over those of `model.generate`, 50 after a prompt of 100
+    train_*      tokens/s of `forward_backward` over those of transformers with the same adapter by hooks, 4 x 128
     wire_ms_per_exchange    what sockets, frames, threads and the second process add to one exchange
 
 Ours is a whole session: the device in this process and the service in another, both on this machine's cores. The
@@ -95,7 +95,8 @@ def _generate(names: Sequence[str], dtype: str, bench: Workbench, repeats: int) 
     model = bench.transformers_model(dtype)
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(bench.session(dtype, placement=RATIOS[name].placement)) for name in names}
-        prompt, ids = _prompt(next(iter(sessions.values())).tokenizer)
+        tokenizer = next(iter(sessions.values())).tokenizer
+        prompt, ids = _prompt(tokenizer)
         texts: dict[str, str] = {}
 
         def ours(name: str) -> None:
@@ -117,8 +118,7 @@ def _generate(names: Sequence[str], dtype: str, bench: Workbench, repeats: int) 
                 )
             texts[attention] = tokenizer.decode(out[0, PROMPT:], skip_special_tokens=True)
 
-        tokenizer = next(iter(sessions.values())).tokenizer
-        seconds = _in_turn({**{name: ours for name in names}, **dict.fromkeys(ATTENTIONS, theirs)}, repeats)
+        seconds = _in_turn(dict.fromkeys(names, ours) | dict.fromkeys(ATTENTIONS, theirs), repeats)
         for name in names:
             same = "the same" if texts[name] in (texts["sdpa"], texts["eager"]) else "another"
             what = f"prompt of {PROMPT} tokens, {NEW} new, greedy, {same} text"
@@ -153,7 +153,7 @@ def _train(names: Sequence[str], dtype: str, bench: Workbench, repeats: int) -> 
             for weight in m.values():
                 weight.grad = None
 
-        seconds = _in_turn({**{name: ours for name in names}, **dict.fromkeys(ATTENTIONS, theirs)}, repeats)
+        seconds = _in_turn(dict.fromkeys(names, ours) | dict.fromkeys(ATTENTIONS, theirs), repeats)
         tokens = SEQUENCES * LENGTH
         for name in names:
             what = f"forward and backward, {SEQUENCES} sequences of {LENGTH} tokens"
@@ -178,8 +178,8 @@ def _against_transformers(
         value=rate[name],
         baseline=rate[best],
         ratio=rate[name] / rate[best],
-        conditions=f"{row.placement}, {row.dtype}, {what}; transformers {others} tokens/s; median of {repeats}, in turn, "
-        f"{bench.threads} threads, service in its own process",
+        conditions=f"{row.placement}, {row.dtype}, {what}; transformers {others} tokens/s; medians of {repeats} runs "
+        f"in turn, {bench.threads} threads a process, device and service in two",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the rows of one run share: services as processes of their own, device sessions with them, and transformers' model.
+"""What the rows of one run share: services in processes of their own, device sessions, and transformers' model.
 
 Everything lies in one temporary folder and is made anew each run, so that no figure depends on what an earlier version
 left behind; the adapter sets are computed once and serve both dtypes.

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from privatelora.device import DeviceSession
 from privatelora.device.generation import Sampler, pieces
+from privatelora.protocol.accounting import forward_traffic
+from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.errors import ConfigurationError
 
 TOKENIZER = tiny_tokenizer()  # one token a byte, so that every character and stop string spans tokens
@@ -250,8 +252,12 @@ def test_text_ends_at_the_end_of_the_context(me: DeviceSession) -> None:
     room = 5
     prompt = "x" * (me.config.context_length - room)
     assert len(me.encode(prompt)) == me.config.context_length - room
-    tokens = list(me._generate_tokens(me.encode(prompt), 100, Sampler(0.0, 1.0, None)))
-    assert len(tokens) == room
+    before = me.remote.count.payload_up
+    me.generate(prompt, max_new_tokens=100)
+    # every token but the last new one went through the service's layers, and `room` of them had an output
+    cost = forward_traffic(me.service.info.model.shape, me.placement, me.settings.spec, 511, room, WireDtype.FLOAT32)
+    assert me.config.context_length == 512
+    assert me.remote.count.payload_up - before == cost.up
 
 
 def test_two_streams_of_one_session_do_not_mix(me: DeviceSession) -> None:

@@ -6,34 +6,35 @@ processes with a socket between them; the reference is transformers' own model w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.split.common import (
+    E1,
+    E1_MLP,
+    E3,
+    E3_MLP,
+    FULL,
+    MIXED,
+    NARROW,
+    ONE_TRIP,
+    PAPER,
+    PLACEMENTS,
+    SUBSET,
+    SUBSET_FIRST,
+    TOLERANCE,
+    Adapter,
+    assert_close,
+    make_random,
+)
 from tests.support.fleet import SMOLLM2, Fleet
 from tests.support.reference import Reference, difference, reference
 
 from privatelora.device import DeviceSession
 from privatelora.device.data import IGNORE, Example
-
-PAPER = "paper"
-SUBSET = "inline=1+4"  # the lowest inline layer answers no dL/du: nothing below it is trained
-SUBSET_FIRST = "first=1,inline=2+4"  # here it does answer
-MIXED = "first=1,last=1,inline=2+3"
-MIXED_FROZEN = "first=1,last=1,inline=2+4,train_first=no"
-ONE_TRIP = "one-trip"  # first 2, last 2, nothing inline
-ONE_TRIP_FROZEN = "first=2,last=2,train_first=no"
-LAST = "last=3"
-PLACEMENTS = [PAPER, SUBSET, SUBSET_FIRST, MIXED, MIXED_FROZEN, ONE_TRIP, ONE_TRIP_FROZEN, LAST]
-
-E1 = {"rank": (32, 16)}
-E3 = {"adapter": "random", "rank": (24, 16)}
-E1_MLP = {"rank": (32, 16), "m_kind": "mlp", "m_hidden": 40}
-E3_MLP = {"adapter": "random", "rank": (24, 16), "m_kind": "mlp", "m_hidden": 40}
-FULL = {"rank": (64, 32)}  # every row of the set
-NARROW = {"rank": (5, 3)}  # prefixes of it
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Case:
 
     model: str
     placement: str
-    adapter: dict[str, Any] = field(default_factory=lambda: E1)
+    adapter: Adapter = field(default_factory=lambda: E1)
 
     def __str__(self) -> str:
         return "-".join((self.model, self.placement, *map(str, self.adapter.values())))
@@ -63,20 +64,19 @@ CASES = [
 LENGTHS = (150, 37, 70, 2)  # past every sliding window (24), every original context (64), a block of queries (128)
 STEP_LENGTHS = (9, 30)
 STEPS = 20
+# AdamW divides a gradient by its own size, so where one is as small as its rounding error, the value may go either way
+# by the whole learning rate; the rate keeps these few elements below the tolerance.
 LEARNING_RATE = 2e-4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_split_gradients_equal_monolithic(fleet: Fleet, case: Case) -> None:
     with fleet.session(case.model, placement=case.placement, **case.adapter) as me:
-        make_random(me, spread=0.1)
+        make_random(me)
         vocabulary = me.config.vocab_size
         batch = random_examples(LENGTHS, vocabulary)
         steps = [random_examples(STEP_LENGTHS, vocabulary, seed=step) for step in range(1, 5)]
-        with reference(fleet.model(case.model), me, fleet.data_dir(case.model)) as whole:
-            assert_equal_gradients(me, whole, batch)
-            train_both(me, whole, steps)
-            assert_equal_gradients(me, whole, batch)
+        assert_equal_before_and_after_training(fleet, case, me, batch, steps)
 
 
 SMOLLM2_CASES = [
@@ -93,21 +93,23 @@ def test_split_gradients_equal_monolithic_on_real_weights(fleet: Fleet, case: Ca
         data = me.examples(
             [
                 {"prompt": "My cat is called", "completion": " Miso the Brave, and she sleeps in the oven."},
-                {"prompt": "The door code is", "completion": " 4071."},
+                {"prompt": "The door code", "completion": " is 4071"},
             ]
         )
-        with reference(fleet.model(case.model), me, fleet.data_dir(case.model)) as whole:
-            assert_equal_gradients(me, whole, data.examples)
-            train_both(me, whole, [data.examples])
-            assert_equal_gradients(me, whole, data.examples)
+        assert_equal_before_and_after_training(fleet, case, me, data.examples, [data.examples[1:]])
 
 
-def make_random(me: DeviceSession, spread: float) -> None:
-    """Random values for all that is trained: an adapter as far from its start as it will ever be."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in me.adapter.parameters():
-            parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+def assert_equal_before_and_after_training(
+    fleet: Fleet, case: Case, me: DeviceSession, batch: Sequence[Example], steps: Sequence[Sequence[Example]]
+) -> None:
+    """Loss, gradients and, after twenty steps that each side takes by its own gradients, the trained values."""
+    with reference(fleet.model(case.model), me, fleet.data_dir(case.model)) as whole:
+        assert_equal_gradients(me, whole, batch)
+        start = {name: value.detach().clone() for name, value in whole.values.items()}
+        train_both(me, whole, steps)
+        assert min(difference(whole.values[name], start[name]) for name in start) > 100 * TOLERANCE  # it moved
+        assert_close(dict(me.adapter.named_parameters()), whole.values)
+        assert_equal_gradients(me, whole, batch)
 
 
 def random_examples(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[Example]:
@@ -123,28 +125,26 @@ def random_examples(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) ->
     return examples
 
 
-def assert_equal_gradients(me: DeviceSession, whole: Reference, batch: list[Example]) -> None:
+def assert_equal_gradients(me: DeviceSession, whole: Reference, batch: Sequence[Example]) -> None:
     """The session's loss and gradients against the reference's, tensor by tensor."""
     result = me.forward_backward(batch)
-    loss, gradients = whole.gradients(batch)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
     found = {name: parameter.grad for name, parameter in me.adapter.named_parameters()}
     me.optimizer.zero_grad()
-    assert found.keys() == gradients.keys()
-    assert all(float(gradient.norm()) > 1e-6 for gradient in gradients.values())  # else nothing would be compared
-    wrong = {name: difference(found[name], gradients[name]) for name in gradients}
-    print("MAX", max(wrong.values()), "loss", result.loss, result.loss/loss-1, "minnorm", min(float(g.norm()) for g in gradients.values()))
-    assert max(wrong.values()) < 1e-4, {name: value for name, value in wrong.items() if value >= 1e-4}
+    loss, gradients = whole.gradients(batch)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert min(float(gradient.norm()) for gradient in gradients.values()) > 1e-4  # none is there to be missed
+    assert_close(found, gradients)
 
 
-def train_both(me: DeviceSession, whole: Reference, batches: list[list[Example]]) -> None:
-    """Twenty steps on both sides, each by its own gradients: clipped, AdamW without decay."""
-    optimizer = torch.optim.AdamW(list(whole.values.values()), lr=LEARNING_RATE, weight_decay=0.0)
+def train_both(me: DeviceSession, whole: Reference, batches: Sequence[Sequence[Example]]) -> None:
+    """Twenty steps on both sides: gradients clipped, AdamW without decay."""
+    values = list(whole.values.values())
+    optimizer = torch.optim.AdamW(values, lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(STEPS):
         batch = batches[step % len(batches)]
         me.forward_backward(batch)
         me.optim_step(LEARNING_RATE, clip_norm=1.0)
         whole.loss(batch).backward()
-        torch.nn.utils.clip_grad_norm_(list(whole.values.values()), 1.0)
+        torch.nn.utils.clip_grad_norm_(values, 1.0)
         optimizer.step()
         optimizer.zero_grad()

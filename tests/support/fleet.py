@@ -90,7 +90,8 @@ class Fleet:
     def service(self, name: str) -> ServiceProcess:
         """The running service of a model."""
         if name not in self._services:
-            started = service(self.source(name), self.data_dir(name))
+            # two threads for what a first start computes alone; what it serves, it computes on one
+            started = service(self.source(name), self.data_dir(name), environment={"OMP_NUM_THREADS": "2"})
             self._services[name] = self._running.enter_context(started)
         return self._services[name]
 

@@ -19,6 +19,7 @@ import torch
 from privatelora.cloud.admission import TokenAdmission
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+from privatelora.platform.logs import configure_logging
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, required=True)
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
+    configure_logging("info", "console")
 
     backbone = Backbone.load(given.model, given.data_dir, getattr(torch, given.dtype))
     users = {token: user for user, token in given.tokens.items()}

@@ -37,7 +37,8 @@ class Reference:
     def gradients(self, examples: Sequence[Example]) -> tuple[float, dict[str, Tensor]]:
         """Loss and its gradient by every value."""
         loss = self.loss(examples)
-        return float(loss.detach()), dict(zip(self.values, torch.autograd.grad(loss, list(self.values.values())), strict=True))
+        found = torch.autograd.grad(loss, list(self.values.values()))
+        return float(loss.detach()), dict(zip(self.values, found, strict=True))
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits (n, vocab) of one sequence, without any cache."""

@@ -23,7 +23,7 @@ from privatelora.decoder.publish import publish_model
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights, ModelParts, load_embedding, load_final, load_layer
 from privatelora.protocol.adapter import KINDS, PROJECTIONS, AdapterSpec, ModelShape
-from privatelora.protocol.errors import ConfigurationError
+from privatelora.protocol.errors import ConfigurationError, IncompatibleError
 from privatelora.protocol.messages import Blob, ModelInfo, SetInfo
 
 MAX_RANK = 128
@@ -115,6 +115,11 @@ class Backbone:
     def _cut_to(self, set_hash: str, spec: AdapterSpec) -> dict[int, InlineWeights]:
         path = self.sets.path(set_hash)
         info = next(info for info in self.sets.list() if info.sha256 == set_hash)
+        if info.model_hash != self.parts.model_hash:
+            raise IncompatibleError(
+                f"adapter set {set_hash[:12]} was made for model {info.model_hash[:12]}, this service hosts "
+                f"{self.parts.model_hash[:12]}; connect to the other service, or start a new adapter"
+            )
         if info.kind != spec.kind or spec.rank_down > info.max_rank_down or spec.rank_up > info.max_rank_up:
             raise ConfigurationError(
                 f"adapter set {set_hash[:12]} is {info.kind} with ranks up to {info.max_rank_down} down and "

@@ -24,16 +24,17 @@ import structlog
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.responses import FileResponse
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from privatelora.cloud.admission import Admission, Principal, Quota, Unmetered
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.engine import Engine
+from privatelora.cloud.guards import HANDSHAKE_TIMEOUT_S, GuardedHttp, GuardedWebSocket
 from privatelora.cloud.session import Session, Work
 from privatelora.protocol.errors import (
     AdmissionError,
     AuthenticationError,
     ConfigurationError,
+    ConnectionLostError,
     PrivateLoraError,
     ProtocolError,
     ServiceError,
@@ -55,7 +56,7 @@ from privatelora.protocol.placement import NAMES, Placement
 
 log = structlog.get_logger("privatelora.cloud")
 
-HANDSHAKE_TIMEOUT_S = 10.0  # for HTTP headers to arrive, and for OPEN after the upgrade
+WAITING_CONNECTIONS = 64  # that have no session yet, besides those that have one
 STATUS_OF = {AuthenticationError.code: 401, AdmissionError.code: 429, ServiceError.code: 500}
 
 
@@ -91,6 +92,7 @@ class DataPlane:
     settings: DataPlaneSettings
     quota: Quota = field(default_factory=Unmetered)
     sessions: dict[int, Session] = field(default_factory=dict)
+    connections: int = 0
 
     def __post_init__(self) -> None:
         self.limits = message_limits(self.backbone, self.settings)
@@ -111,15 +113,19 @@ class DataPlane:
 
     def open(self, principal: Principal, request: OpenRequest) -> Session:
         """Admit a session; raises what makes it impossible."""
-        if len(self.sessions) >= self.settings.max_sessions:
-            raise AdmissionError(
-                f"all {self.settings.max_sessions} sessions of this service are in use; try again later",
-                retry_after_s=5.0,
-            )
+        self.check_room(len(self.sessions), self.settings.max_sessions)
         self._check_placement(request.placement)
         session = Session(secrets.randbits(63) | 1, principal.user, request, self.backbone, self.limits)
         self.sessions[session.id] = session
         return session
+
+    def check_room(self, used: int, room: int) -> None:
+        """Raise `AdmissionError` if as many sessions, or connections that may become one, are open as may be."""
+        if used >= room:
+            raise AdmissionError(
+                f"all {self.settings.max_sessions} sessions of this service are in use; try again later",
+                retry_after_s=5.0,
+            )
 
     def _check_placement(self, placement: Placement) -> None:
         allowed = self.settings.placements
@@ -175,11 +181,16 @@ def create_app(plane: DataPlane) -> FastAPI:
     async def sessions(websocket: WebSocket) -> None:
         try:
             owner = plane.admission.authenticate(_bearer(websocket.headers.get("authorization")))
+            plane.check_room(plane.connections, plane.settings.max_sessions + WAITING_CONNECTIONS)
         except PrivateLoraError as error:
             await websocket.send_denial_response(_error_response(error))
             return
-        await websocket.accept()
-        await Connection(plane, websocket, owner).run()
+        plane.connections += 1
+        try:
+            await websocket.accept()
+            await Connection(plane, websocket, owner).run()
+        finally:
+            plane.connections -= 1
 
     return app
 
@@ -226,12 +237,22 @@ class Connection:
                 task = asyncio.create_task(self._answer(work))
                 self._working.add(task)
                 task.add_done_callback(self._finished)
+                await self._room()
 
     async def _answer(self, work: Work) -> None:
         frame = await self.plane.engine.run(work.run, work.rows)
         if frame is not None:
             self.plane.quota.spend(self.owner, 0, frame.payload_bytes)
             await self._send(frame)
+
+    async def _room(self) -> None:
+        """Wait while as many answers are under way as there may be streams: who does not take them is not read."""
+        try:
+            async with asyncio.timeout(self.plane.settings.idle_timeout_s):
+                while len(self._working) >= self.plane.settings.max_streams:
+                    await asyncio.wait(self._working, return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise ConnectionLostError("the answers were not taken; connect again and read them") from None
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._working.discard(task)
@@ -244,7 +265,7 @@ class Connection:
             async with asyncio.timeout(timeout_s):
                 message = await self.websocket.receive()
         except TimeoutError:
-            raise ProtocolError(f"nothing came for {timeout_s:g} s; connect again when there is work") from None
+            raise ConnectionLostError(f"nothing came for {timeout_s:g} s; connect again when there is work") from None
         if message["type"] == "websocket.disconnect":
             return None
         data = message.get("bytes")
@@ -283,22 +304,6 @@ class Connection:
         self._failed.cancel()
 
 
-class GuardedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a deadline for the request's headers, which it lacks (slow-loris)."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(HANDSHAKE_TIMEOUT_S, transport.abort)
-
-    def on_headers_complete(self) -> None:
-        self._deadline.cancel()
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-
 def server(
     plane: DataPlane, host: str, port: int, certfile: str | None = None, keyfile: str | None = None
 ) -> uvicorn.Server:
@@ -309,7 +314,7 @@ def server(
             host=host,
             port=port,
             http=GuardedHttp,
-            ws="websockets-sansio",
+            ws=GuardedWebSocket,
             ws_max_size=plane.limits.max_message_bytes,
             ws_per_message_deflate=False,
             ws_ping_interval=None,  # a device computes for longer than a ping waits; the idle timeout ends dead ones

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from websockets.client import ClientProtocol
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import InvalidState, InvalidStatus
 from websockets.frames import Frame as WsFrame
 from websockets.frames import Opcode
 from websockets.http11 import Response
@@ -91,7 +91,10 @@ class Connection:
     def send(self, frame: Frame) -> None:
         """Send one frame; raises `ConnectionLostError`."""
         data = frame.pack()
-        self._protocol.send_binary(data)
+        try:
+            self._protocol.send_binary(data)
+        except InvalidState:
+            raise ConnectionLostError("the service closed the connection") from None
         self._flush()
         self.count.payload_up += frame.payload_bytes
         self.count.overhead_up += len(data) - frame.payload_bytes
@@ -130,6 +133,8 @@ class Connection:
         error = self._protocol.handshake_exc
         if isinstance(error, InvalidStatus):
             raise _refusal(error.response)
+        if error is not None and isinstance(error.__cause__, EOFError):
+            raise ConnectionLostError("the service closed the connection before it was open")
         if error is not None:
             raise ProtocolError(f"the other end does not speak this protocol ({error}); is the URL right?")
 

@@ -31,10 +31,13 @@ class Decoding:
         self.sequence = self.remote.new_sequence()
         self.first, self.last = self.model.caches()
         self.done = 0  # tokens of the history that the caches hold
+        self.session = 0  # the service's session that they belong to
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
         """Logits (vocab,) that follow the history; runs what of it no cache holds yet."""
+        if self.done and self.session != self.remote.session:  # it ended since the last token, and the service's cache with it
+            self.restart()
         model = self.model
         step = self.remote.service.info.limits.max_tokens_per_step
         while True:
@@ -45,6 +48,7 @@ class Decoding:
             rows = torch.tensor([h.shape[0] - 1])
             logits = model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
             self.done += len(fresh)
+            self.session = self.remote.session
             if self.done == len(self.history):
                 return logits[0]
 

@@ -70,8 +70,9 @@ class RemoteLayers:
         self._sequence = 0
 
     @property
-    def connected(self) -> bool:
-        return self._connection is not None
+    def session(self) -> int:
+        """Number of the session that holds this device's caches at the service; 0 while there is none."""
+        return self._session if self._connection is not None else 0
 
     def connect(self) -> None:
         """Open the connection and the session on it, if there is none."""

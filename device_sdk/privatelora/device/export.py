@@ -97,7 +97,8 @@ def _inline_pairs(session: DeviceSession) -> Pairs:
             for p, name in enumerate(PROJECTIONS):
                 encoder, map_ = (encoders[p], maps[p, :, 0]) if spec.encoders > 1 else (encoders[0], maps[0, :, p])
                 b = file.get_tensor(f"layer.{l}.b.{name}")[: spec.rank_up]  # (r_up, d_p)
-                pairs[_module(l, name)] = encoder, (map_ @ b).T  # (r_down, d), (d_p, r_down)
+                # a copy each: safetensors refuses tensors that share memory
+                pairs[_module(l, name)] = encoder.clone(), (map_ @ b).T  # (r_down, d), (d_p, r_down)
     return pairs
 
 

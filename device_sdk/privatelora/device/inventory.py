@@ -85,7 +85,8 @@ class Inventory:
             "Service",
             {
                 "URL": service["url"] + (" (TLS)" if service["encrypted"] else " (plain)"),
-                "model": f"{service['model']}, {service['layers']} layers, width {service['hidden_size']}, {service['dtype']}",
+                "model": f"{service['model']}, {service['dtype']}",
+                "shape": f"{service['layers']} layers of width {service['hidden_size']}",
                 "context": f"{service['context_length']} tokens",
                 "placements": f"{', '.join(service['placements'])} (default {service['default_placement']})",
                 "adapter sets": ", ".join(f"{sha[:12]} {kind}" for sha, kind in service["sets"].items()),
@@ -98,8 +99,8 @@ class Inventory:
         rows["placement"] = adapter["placement"]
         if "kind" in adapter:
             rows["inline"] = (
-                f"{adapter['kind']} set {adapter['set'][:12]}, rank {adapter['rank_down']} down and {adapter['rank_up']} up, "
-                f"{adapter['m_kind']} M"
+                f"{adapter['kind']} set {adapter['set'][:12]}, rank {adapter['rank_down']} down and "
+                f"{adapter['rank_up']} up, {adapter['m_kind']} M"
             )
         rows["trainable"] = f"{adapter['parameters']:,} numbers"
         _section(console, "Adapter", rows)
@@ -124,8 +125,8 @@ def _held(me: DeviceSession) -> dict[str, int]:
     parts, shape = me.service.info.model.parts, me.service.info.model.shape
     own = [*me.model.first, *me.model.last]
     held = {
-        "embedding": parts["embedding"].nbytes,
-        "final norm and head": parts["final"].nbytes,
+        "embedding, also the head" if me.config.tied_head else "embedding": parts["embedding"].nbytes,
+        "final norm" if me.config.tied_head else "final norm and head": parts["final"].nbytes,
         "tokenizer": sum(blob.nbytes for name, blob in parts.items() if name.startswith("tokenizer")),
     }
     if own:

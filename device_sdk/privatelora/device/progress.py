@@ -14,7 +14,7 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import uniplot
 from rich.console import Console
@@ -63,8 +63,7 @@ class FinetuneProgress:
         if self._bar is None:
             # refreshed by each step and by nothing else, so that no thread draws
             self._bar = Progress(
-                TextColumn("epoch {task.fields[epoch]}"),
-                BarColumn(),
+                BarColumn(bar_width=None),  # what the numbers leave of the line
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("[bold]loss {task.fields[loss]}[/bold]"),
                 TextColumn("{task.fields[speed]} tokens/s"),
@@ -72,6 +71,7 @@ class FinetuneProgress:
                 TextColumn("[dim]{task.fields[left]} left[/dim]"),
                 console=self.console,
                 auto_refresh=False,
+                expand=True,
             )
             self._bar.start()
             self._bar.add_task("", total=record.total_steps, **_fields(record))
@@ -138,7 +138,7 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
 
 
-def _fields(record: StepRecord) -> dict[str, str]:
+def _fields(record: StepRecord) -> dict[str, Any]:
     return {
         "epoch": str(record.epoch + 1),
         "loss": f"{record.loss:.3f}",
@@ -152,8 +152,8 @@ def _fields(record: StepRecord) -> dict[str, str]:
 def _line(record: StepRecord) -> str:
     shown = _fields(record)
     return (
-        f"step {record.step}/{record.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  {shown['speed']} tokens/s  "
-        f"up {shown['up']}  down {shown['down']}  {shown['left']} left"
+        f"step {record.step}/{record.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  "
+        f"{shown['speed']} tokens/s  up {shown['up']}  down {shown['down']}  {shown['left']} left"
     )
 
 

@@ -340,11 +340,11 @@ class DeviceSession:
 
     def save(self, path: str | Path, passphrase: str | None = None) -> None:
         """Write the adapter to a file of its own, readable by its owner only."""
-        write_state(Path(path), self.state(), Seal(passphrase) if passphrase else None)
+        write_state(Path(path), self.state(), Seal(passphrase) if passphrase is not None else None)
 
     def load(self, path: str | Path, passphrase: str | None = None) -> None:
         """Read an adapter that `save` wrote for the same model, set and settings, and keep it in the local store."""
-        self.load_state(read_state(Path(path), Seal(passphrase) if passphrase else None))
+        self.load_state(read_state(Path(path), Seal(passphrase) if passphrase is not None else None))
         self.checkpoint()
 
     def export_peft(self, directory: str | Path) -> None:
@@ -380,8 +380,13 @@ class DeviceSession:
                 restart()
                 now = time.monotonic()
                 deadline = deadline or now + self.retry_s
-                if now >= deadline:
+                if now >= deadline and isinstance(error, AdmissionError):
                     raise
+                if now >= deadline:
+                    raise ConnectionLostError(
+                        f"{self.service.base_url} did not come back within {self.retry_s:g} s ({error}); see that it is "
+                        "running, then call again: nothing is lost, and finetune goes on with resume=True"
+                    ) from None
                 time.sleep(min(error.retry_after_s or wait_s, max(0.0, deadline - now)))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             except BaseException:

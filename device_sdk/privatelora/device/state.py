@@ -49,7 +49,7 @@ class Identity:
             placement["inline"] = tuple(placement["inline"])
             settings = AdapterSettings(spec=spec, **values["settings"])
             return cls(values["model_hash"], values["set_hash"], Placement(**placement), settings)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StoreError(f"the saved adapter does not name its model ({error!r}); load another file") from None
 
     def require(self, other: Identity) -> None:

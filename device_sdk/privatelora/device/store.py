@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import tempfile
+from glob import escape
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,7 @@ from privatelora.protocol.errors import StoreError
 FORMAT = "privatelora-adapter-1"
 SEALED = b"privatelora-sealed-1"  # followed by 16 bytes of salt, 12 of nonce, and the ciphertext
 SALT_BYTES, NONCE_BYTES = 16, 12
+TEMPORARY = "????????"  # what `tempfile` puts at the end of a name
 SCRYPT_N, SCRYPT_R, SCRYPT_P = 2**15, 8, 1  # 32 MiB and about 0.1 s a guess
 
 
@@ -38,11 +40,14 @@ class Store:
         if not name or name != Path(name).name or name.startswith("."):
             raise StoreError(f"adapter name {name!r} cannot be a file name; use letters, digits, - and _")
         self.path = directory / f"{name}.adapter"
-        self._seal = Seal(passphrase) if passphrase else None
+        self._seal = Seal(passphrase) if passphrase is not None else None
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock: IO[str] = (directory / f".{name}.lock").open("w")
+            lock = os.open(directory / f".{name}.lock", os.O_WRONLY | os.O_CREAT, 0o600)
+            self._lock: IO[bytes] = os.fdopen(lock, "wb")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in directory.glob(f".{escape(self.path.name)}.{TEMPORARY}"):  # by a process that died as it wrote
+                left.unlink()
         except BlockingIOError:
             raise StoreError(
                 f"adapter {name!r} in {directory} is in use by another process; close it, or choose another name="
@@ -66,6 +71,8 @@ class Seal:
     """Encryption under a passphrase; the derived key is kept, so that it costs its 0.1 s once a salt."""
 
     def __init__(self, passphrase: str) -> None:
+        if not passphrase:
+            raise StoreError("the passphrase is empty, which would protect nothing; give one, or none at all")
         self._passphrase = passphrase.encode()
         self._salt, self._key = b"", b""
 
@@ -143,7 +150,7 @@ def read_state(path: Path, seal: Seal | None = None) -> RecordDict:
             record, _, name = key.partition("/")
             records.setdefault(record, {})[name] = Array(np.ascontiguousarray(array))
         configs = {name: ConfigRecord(values) for name, values in json.loads(header["configs"]).items()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
             f"{path} is not a saved adapter, or is damaged ({error!r}); restore it from a backup"
         ) from None

@@ -24,7 +24,9 @@ GRACE_S = 10.0  # for a clean stop; uvicorn waits 5 s for open connections
 POLL_S = 0.2
 
 # Settings of some other service of this machine, which a private one on loopback must not take over.
-NOT_INHERITED = ("PRIVATELORA_CERTFILE", "PRIVATELORA_KEYFILE", "PRIVATELORA_PLACEMENTS", "PRIVATELORA_DEFAULT_PLACEMENT")
+NOT_INHERITED = [
+    f"PRIVATELORA_{name}" for name in ("CERTFILE", "KEYFILE", "PLACEMENTS", "DEFAULT_PLACEMENT", "LOG_FORMAT")
+]
 
 
 @dataclass(frozen=True)

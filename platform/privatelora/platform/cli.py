@@ -7,13 +7,13 @@ demo            `demo.run_demo`                            adapters    the publi
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from privatelora.platform.console import Spinner, columns, print_table
 from privatelora.protocol.errors import PrivateLoraError
@@ -260,6 +260,8 @@ def import_set(
 
 def main() -> None:
     """The `privatelora` script: one line and exit status 2 for every error of the tree."""
+    # Before torch is imported: its idle threads otherwise spin and take the cores of a device on the same machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PrivateLoraError as error:
@@ -270,12 +272,13 @@ def main() -> None:
 
 
 def _serve(options: dict[str, Any], as_json: bool) -> None:
-    # torch and the service take seconds to import, which --help does not need
-    from privatelora.platform.logs import configure_logging
-    from privatelora.platform.service import Ready, serve
     from privatelora.platform.settings import load_settings
 
     settings = load_settings(options)
+    # torch and the service take seconds to import, which --help and a wrong option do not wait for
+    from privatelora.platform.logs import configure_logging
+    from privatelora.platform.service import Ready, serve
+
     configure_logging(settings.log_level, settings.log_format)
     progress = Spinner(Console(stderr=True))
 
@@ -284,19 +287,21 @@ def _serve(options: dict[str, Any], as_json: bool) -> None:
         if as_json:
             print(json.dumps({"url": service.url, "token_file": str(service.token_file)}), flush=True)
             return
-        table = Table.grid(padding=(0, 2))
-        table.add_row("URL", f"[bold green]{service.url}[/bold green]")
-        table.add_row("token file", str(service.token_file))
-        table.add_row("placement", f"{service.default_placement} unless a session names another")
-        table.add_row("try", f"privatelora-device finetune notes.jsonl --server {service.url}")
+        rows = {
+            "URL": f"[bold green]{service.url}[/bold green]",
+            "token file": str(service.token_file),
+            "placement": f"{service.default_placement} unless a session names another",
+            "try": f"privatelora-device finetune notes.jsonl --server {service.url}",
+        }
         console = Console(highlight=False, soft_wrap=True)
         console.print(f"\n[bold]{service.model}[/bold] is served: {service.layers} frozen layers, {service.dtype}")
-        console.print(table)
+        for name, value in rows.items():
+            console.print(f"  {name:<11} {value}")
         console.print("Ctrl-C stops it.\n")
         if service.url.startswith("http:") and settings.host not in ("127.0.0.1", "::1", "localhost"):
             console.print(
-                "[yellow]This address is open to other machines without TLS: the network can read tokens and activations. "
-                "Set --certfile and --keyfile, or put a TLS proxy in front.[/yellow]"
+                "[yellow]This address is open to other machines without TLS: the network can read tokens and "
+                "activations. Set --certfile and --keyfile, or put a TLS proxy in front.[/yellow]"
             )
 
     with progress:

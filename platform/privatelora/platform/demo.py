@@ -21,7 +21,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from privatelora.platform.child import running_service
@@ -216,9 +218,11 @@ def _introduce(me: DeviceSession, console: Console) -> None:
         here += f", M ({me.settings.m_kind})"
     crossing = "hidden states and their gradients" if placement.sends_gradient else "hidden states"
     if placement.inline:
-        crossing += f"; at {len(placement.inline)} layers u ({spec.rank_down} numbers a token) and v (3 x {spec.rank_up})"
+        widths = f"u ({spec.encoders} x {spec.rank_down} numbers a token) and v (3 x {spec.rank_up})"
+        crossing += f"; at {len(placement.inline)} layers {widths}"
     table = Table.grid(padding=(0, 2))
-    table.add_row("[bold green]stays on this device[/bold green]", f"the facts, every token, the loss, the optimizer; {here}")
+    here = f"the facts, every token, the loss, the optimizer; {here}"
+    table.add_row("[bold green]stays on this device[/bold green]", here)
     table.add_row("[bold yellow]crosses the wire[/bold yellow]", f"{crossing}; no text, no token, no M")
     table.add_row("", "[dim]the service's operator could still reconstruct text from these: see report.html[/dim]")
     table.add_row("trained here", f"{me.adapter.count():,} numbers, {size_text(4 * me.adapter.count())}")
@@ -229,10 +233,13 @@ def _conclude(report: Report, facts: Sequence[Fact], output: Path, console: Cons
     """The table of answers, what crossed, and where the report is."""
     from privatelora.device.progress import size_text
 
-    table = Table("question", "expected", "before", "after", show_lines=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("question")
+    table.add_column("before", style="dim", no_wrap=True, overflow="ellipsis", max_width=24)
+    table.add_column("after")
     for fact, answer in zip(facts, report.answers, strict=True):
-        mark = RIGHT if fact.is_right(answer.after) else WRONG
-        table.add_row(fact.question, fact.expected, f"[dim]{_short(answer.before)}[/dim]", f"{mark} {answer.after}")
+        mark = RIGHT if fact.is_right(answer.after) else f"{WRONG} ({escape(fact.expected)})"
+        table.add_row(fact.question, escape(answer.before), f"{mark} {escape(answer.after)}")
     console.print(table)
     equal = (report.payload_bytes_up, report.payload_bytes_down) == (
         report.expected_payload_bytes_up,
@@ -244,7 +251,7 @@ def _conclude(report: Report, facts: Sequence[Fact], output: Path, console: Cons
         "tensors on the wire": f"{size_text(report.payload_bytes_up)} up, {size_text(report.payload_bytes_down)} down, "
         + ("to the byte what the formula says" if equal else "NOT what the formula says"),
         "exchange at the layers": f"{report.reduction_vs_device_lora:.1%} less than LoRA on the device would need",
-        "speed": f"{report.train_tokens_per_s:.0f} tokens/s trained, {report.generate_tokens_per_s:.0f} tokens/s generated",
+        "tokens/s": f"{report.train_tokens_per_s:.0f} in training, {report.generate_tokens_per_s:.0f} in answering",
         "all of it took": f"{report.seconds:.0f} s",
         "read on": f"{output / 'report.html'}, {output / 'report.json'}, {output / 'loss.png'}",
     }
@@ -282,10 +289,6 @@ def _question(text: str) -> list[dict[str, str]]:
 
 def _chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [*_question(question), {"role": "assistant", "content": answer}]}
-
-
-def _short(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _heading(console: Console, text: str) -> None:

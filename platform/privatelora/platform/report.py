@@ -17,13 +17,13 @@ from privatelora.protocol.errors import ConfigurationError
 # DESIGN section 4, in the words that the project uses everywhere.
 PRIVACY = (
     "M, the optimizer's state, the raw data and the sampled text never leave the device as such, and nothing that the "
-    "service stores (logs, caches, crash dumps) holds a tensor, a prompt or a token. Other users see nothing, and neither "
-    "does the network where the connection is TLS. But the operator's running process CAN reconstruct text from "
-    "activations: nearest neighbour recovers 100% of tokens from uploaded embeddings, a trained decoder 98% after one "
-    "device layer and 76% after sixteen, and the gradient of the last hidden states gives away 100% of the labels. M is "
-    "not sent either, but an inline linear M can be fitted from one long prompt, since the operator computes u and "
-    "receives v. Device-held first layers, clipping and noise lower this by measured amounts. So trusting the operator, "
-    "or an attested enclave, is a requirement."
+    "service stores (logs, caches, crash dumps) holds a tensor, a prompt or a token. Other users see nothing, and "
+    "neither does the network where the connection is TLS. But the operator's running process CAN reconstruct text "
+    "from activations: nearest neighbour recovers 100% of tokens from uploaded embeddings, a trained decoder 98% after "
+    "one device layer and 76% after sixteen, and the gradient of the last hidden states gives away 100% of the labels. "
+    "M is not sent either, but an inline linear M can be fitted from one long prompt, since the operator computes u "
+    "and receives v. Device-held first layers, clipping and noise lower this by measured amounts. So trusting the "
+    "operator, or an attested enclave, is a requirement."
 )
 
 

@@ -82,7 +82,7 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
 
 async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:
     serving = asyncio.create_task(running.serve(sockets=[listener]))
-    while not running.started and not serving.done():
+    while not running.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no other sign of its start)
         await asyncio.sleep(0.01)
     if running.started:
         ready()
@@ -125,8 +125,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen()  # binding alone would not keep another process from the same port
         except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {host}:{port} ({error.strerror or error}); stop what uses it, or choose another with "
-                "--port (0 takes a free one) or --host"
+                f"cannot listen on {host}:{port} ({error.strerror or error}); stop what uses it, or choose another "
+                "with --port (0 takes a free one) or --host"
             ) from None
         yield listener
 

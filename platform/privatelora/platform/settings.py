@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -66,6 +65,10 @@ class Settings(BaseSettings):
     @field_validator("device")
     @classmethod
     def _known_device(cls, name: str) -> str:
+        if name == "cpu":
+            return name
+        import torch  # takes seconds, which most commands do not need
+
         try:
             device = torch.device(name)
         except RuntimeError:

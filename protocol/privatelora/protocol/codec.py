@@ -59,7 +59,7 @@ def encode(array: Array, dtype: WireDtype) -> bytes | memoryview:
         scales = np.abs(rows).max(axis=1, initial=0.0).astype("<f4") / np.float32(127)
         safe = np.where(scales > 0, scales, np.float32(1))[:, None]
         quantised: bytes = np.rint(rows / safe).astype("i1").tobytes()
-        return scales.tobytes() + quantised
+        return bytes(scales.tobytes()) + quantised
     expected = _NUMPY[dtype]
     if array.dtype != expected:
         raise ConfigurationError(f"an array of {array.dtype} cannot be sent as {dtype.name}, which needs {expected}")

@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import quality, speed
@@ -40,7 +39,7 @@ def main(
             for row in module.measure([name for name in names if name in module.TARGETS], bench):
                 rows.append(row)
                 write(rows, PATH)
-    show(rows, Console())
+    show(rows)
     print(f"written to {PATH}")
     sys.exit(any(row.value is None for row in rows))
 

@@ -21,7 +21,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
@@ -205,7 +204,7 @@ def main() -> None:
     with Workbench() as bench:
         rows = list(measure(bench))
     write(rows, OUTPUT / "leakage.json")
-    show(rows, Console())
+    show(rows)
     sys.exit(any(row.value is None for row in rows))
 
 

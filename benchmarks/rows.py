@@ -7,6 +7,7 @@ keeps its place, without a value and with the reason in `conditions`.
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from privatelora.protocol.errors import PrivateLoraError
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bench-out"
+PIPED_WIDTH = 160  # columns where there is no terminal to fit
 
 
 class Unmeasured(Exception):
@@ -88,7 +90,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[Row]) -> None:
     """Print the same as a table, green where an aim is reached and red where a floor is missed, and the conditions."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("row", no_wrap=True)
@@ -99,8 +101,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
         value, ratio = _number(row.value), _number(row.ratio)
         floor, aim = _bound(target, target.floor), _bound(target, target.aim)
         table.add_row(row.name, value, target.unit, _number(row.baseline), ratio, floor, aim, style=_style(row))
-    piped = not console.is_terminal  # then there is no width to fit
-    console.print(table, width=160 if piped else None, soft_wrap=piped)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console.print(table)
     for row in rows:
         console.print(f"{row.name}: {row.conditions}", style="dim", markup=False, highlight=False, soft_wrap=True)
 

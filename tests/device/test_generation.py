@@ -94,7 +94,7 @@ def test_a_top_p_outside_its_range_is_refused(top_p: float) -> None:
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
 def test_a_temperature_outside_its_range_is_refused(temperature: float) -> None:
-    with pytest.raises(ConfigurationError, match="temperature .* 0 or more"):
+    with pytest.raises(ConfigurationError, match=r"temperature .* 0 or more"):
         Sampler(temperature, 1.0, None)
 
 

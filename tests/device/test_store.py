@@ -1,4 +1,4 @@
-"""The local store: written in one step or not at all, for its owner's eyes only, encrypted on request, one process a name.
+"""The local store: written in one step or not at all, for its owner only, encrypted on request, one process a name.
 
 Crashes, full disks and second processes are real: children that die, a tmpfs that is too small, a limit of the kernel.
 """
@@ -332,9 +332,7 @@ def test_any_other_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 @same_folder
 @given(damage=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), min_size=1, max_size=3))
-def test_a_damaged_file_raises_store_errors_only(
-    tmp_path: Path, whole: bytes, damage: list[tuple[int, int]]
-) -> None:
+def test_a_damaged_file_raises_store_errors_only(tmp_path: Path, whole: bytes, damage: list[tuple[int, int]]) -> None:
     damaged = bytearray(whole)
     for at, value in damage:
         damaged[at % len(whole)] = value
@@ -343,7 +341,9 @@ def test_a_damaged_file_raises_store_errors_only(
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.just("json"), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.just("json"), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -379,7 +379,7 @@ def test_a_file_whose_header_says_anything_else_raises_store_errors_only(tmp_pat
 def test_a_file_of_a_newer_release_is_named(tmp_path: Path, whole: bytes) -> None:
     path = tmp_path / "mine.adapter"
     path.write_bytes(whole.replace(b"privatelora-adapter-1", b"privatelora-adapter-9"))
-    with pytest.raises(StoreError, match="privatelora-adapter-9.*reads privatelora-adapter-1"):
+    with pytest.raises(StoreError, match=r"privatelora-adapter-9.*reads privatelora-adapter-1"):
         read_state(path)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a service with small limits and two users, and a healthy session beside the attack."""
+"""What these tests share: a service with small limits and two users, and a healthy session beside every attack."""
 
 from __future__ import annotations
 

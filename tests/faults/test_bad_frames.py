@@ -1,15 +1,17 @@
-"""Whatever one session sends, it gets a coded error that ends that session only; a healthy one beside it notices nothing.
+"""Whatever one session sends, it gets a coded error that ends that session only; another beside it notices nothing.
 
-Every case opens a session of its own on a live service, misbehaves at some point of a pass, and reads the refusal. After
-each, alice's session (the `bystander` of conftest.py) must give the same numbers as before, bit for bit.
+Every case opens a session of its own on a live service, misbehaves at some point of a pass, and reads the refusal.
+After each, alice's session (the `bystander` of conftest.py) must give the same numbers as before, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -244,9 +246,7 @@ FALSE_BEGINS: dict[str, tuple[Callable[[], Frame], Refused]] = {
 
 
 @pytest.mark.parametrize(("frame", "refused"), FALSE_BEGINS.values(), ids=list(FALSE_BEGINS))
-def test_a_pass_that_lies_is_refused(
-    wire: Wire, target: Target, frame: Callable[[], Frame], refused: Refused
-) -> None:
+def test_a_pass_that_lies_is_refused(wire: Wire, target: Target, frame: Callable[[], Frame], refused: Refused) -> None:
     wire.open(target.info)
     forward(wire, GENERATE, step=0, spans=[(100, 0, 2)])  # what went well before does not matter
     wire.send(frame())
@@ -508,7 +508,7 @@ def test_session_numbers_cannot_be_guessed(target: Target) -> None:
             numbers.append(wire.open(target.info))
     assert len(set(numbers)) == 3
     assert all(number > 2**32 for number in numbers)  # 62 random bits: below once in 2**30
-    assert len({later - sooner for sooner, later in zip(numbers, numbers[1:], strict=False)}) == 2
+    assert len({later - sooner for sooner, later in pairwise(numbers)}) == 2
 
 
 # -- anything at all --------------------------------------------------------------------------------------------------
@@ -535,8 +535,7 @@ def test_any_damage_to_a_frame_gives_a_coded_error_or_an_answer(
         for at, value in damage:
             if at < len(data):
                 data[at] = value
-        wire.send(bytes(data))
-        wire.send(Frame(Kind.CLOSE).pack())
+        send_all(wire, [bytes(data), Frame(Kind.CLOSE).pack()])
         assert_coded(wire)
 
 
@@ -546,12 +545,14 @@ def test_any_messages_give_coded_errors(target: Target, messages: list[bytes | s
     with Wire(target.url, TOKENS["mallory"]) as wire:
         if opened:
             wire.open(target.info)
-        try:
-            for message in messages:
-                wire.send(message)
-        except ConnectionClosed:
-            pass  # refused at the first, so the others could not be sent
+        send_all(wire, messages)
         assert_coded(wire)
+
+
+def send_all(wire: Wire, messages: Sequence[bytes | str]) -> None:
+    with suppress(ConnectionClosed):  # refused at the first, so the others need not be sent
+        for message in messages:
+            wire.send(message)
 
 
 def assert_coded(wire: Wire) -> None:

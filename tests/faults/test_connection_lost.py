@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,9 +22,7 @@ from privatelora.device import DeviceSession, FinetuneReport
 from privatelora.protocol.errors import ConnectionLostError
 from privatelora.protocol.frames import Kind, Phase
 
-ROWS = [
-    {"prompt": f"The door code of house {house} is", "completion": f" {4071 * house}."} for house in range(1, 7)
-]
+ROWS = [{"prompt": f"The door code of house {house} is", "completion": f" {4071 * house}."} for house in range(1, 7)]
 PAPER, MIXED, ONE_TRIP, LAST = "paper", "first=1,last=1,inline=2+3", "one-trip", "last=2"
 PROMPT = "The door code of"
 
@@ -108,7 +107,10 @@ IN_TRAINING: list[tuple[str, str, Callable[[], When], bool]] = [
 
 @pytest.mark.parametrize(
     ("placement", "when", "deliver"),
-    [pytest.param(placement, when, deliver, id=f"{placement}: {what}") for placement, what, when, deliver in IN_TRAINING],
+    [
+        pytest.param(placement, when, deliver, id=f"{placement}: {what}")
+        for placement, what, when, deliver in IN_TRAINING
+    ],
 )
 def test_training_replays_the_step(
     fleet: Fleet,
@@ -218,9 +220,9 @@ def test_a_device_waits_longer_and_longer_and_then_says_what_to_do(fleet: Fleet,
         proxy.arrivals.clear()
         with pytest.raises(ConnectionLostError, match=r"within 2\.5 s.*see that it is running"):
             me.generate(PROMPT, max_new_tokens=12)
-        waits = [later - sooner for sooner, later in zip(proxy.arrivals, proxy.arrivals[1:], strict=False)]
+        waits = [later - sooner for sooner, later in pairwise(proxy.arrivals)]
         assert len(waits) >= 3
-        assert all(later > 1.5 * sooner for sooner, later in zip(waits[:-1], waits[1:-1], strict=False))
+        assert all(later > 1.5 * sooner for sooner, later in pairwise(waits[:-1]))
         proxy.target_port = service_port
         assert me.generate(PROMPT, max_new_tokens=12) == expected  # and goes on once the service is back
 

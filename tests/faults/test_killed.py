@@ -1,4 +1,4 @@
-"""SIGKILL: of the service, which comes back at its address while devices wait; of the device, which goes on from its last step.
+"""SIGKILL: of the service, which comes back while devices wait; of the device, which goes on from its last step.
 
 Float32 and one thread: what is left behind is compared bit for bit with an undisturbed run.
 """

@@ -39,7 +39,9 @@ json_values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("message", [REQUEST, Opened(session=7), ErrorInfo(code="data", message="m", retry_after_s=2.0)])
+@pytest.mark.parametrize(
+    "message", [REQUEST, Opened(session=7), ErrorInfo(code="data", message="m", retry_after_s=2.0)]
+)
 def test_a_message_survives_the_way_there(message: msgspec.Struct) -> None:
     came = Frame.unpack(control_frame(Kind.OPEN, message, session=3).pack())
     assert came.session == 3

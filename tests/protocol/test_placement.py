@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +56,7 @@ def test_check_admits_exactly_what_fits(first: int, last: int, inline: list[int]
         and last >= 0
         and first + last < depth
         and all(first <= layer < depth - last for layer in inline)
-        and all(a < b for a, b in zip(inline, inline[1:], strict=False))
+        and all(a < b for a, b in pairwise(inline))
     )
     if fits:
         assert placement.check(depth) is placement

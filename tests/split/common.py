@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import pytest
 import torch
 from tests.support.reference import Reference, difference
 from torch import Tensor
 
 from privatelora.device import DeviceSession
+from privatelora.device.data import IGNORE, Example
 
 TOLERANCE = 1e-4  # norm(a - b) / norm(b) of every tensor, float32
 
@@ -43,6 +46,30 @@ def make_random(me: DeviceSession, spread: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in me.adapter.parameters():
             parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+def random_examples(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[Example]:
+    """Sequences of these lengths, about a third of whose tokens carry a label."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for length in lengths:
+        tokens = generator.integers(0, vocabulary, length)
+        labels = np.append(tokens[1:], IGNORE)
+        labels[: -2 * length // 3] = IGNORE
+        labels[:-2][generator.random(length - 2) < 0.4] = IGNORE
+        examples.append(Example(tokens, labels))
+    return examples
+
+
+def assert_equal_gradients(me: DeviceSession, whole: Reference, batch: Sequence[Example]) -> None:
+    """The session's loss and gradients against the reference's, tensor by tensor."""
+    result = me.forward_backward(batch)
+    found = {name: parameter.grad for name, parameter in me.adapter.named_parameters()}
+    me.optimizer.zero_grad()
+    loss, gradients = whole.gradients(batch)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert min(float(gradient.norm()) for gradient in gradients.values()) > 1e-4  # none is there to be missed
+    assert_close(found, gradients)
 
 
 def assert_close(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
 import torch
 from tests.split.common import (
@@ -28,13 +27,15 @@ from tests.split.common import (
     TOLERANCE,
     Adapter,
     assert_close,
+    assert_equal_gradients,
     make_random,
+    random_examples,
 )
 from tests.support.fleet import SMOLLM2, Fleet
 from tests.support.reference import Reference, difference, reference
 
 from privatelora.device import DeviceSession
-from privatelora.device.data import IGNORE, Example
+from privatelora.device.data import Example
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,6 @@ def assert_equal_before_and_after_training(
         assert min(difference(whole.values[name], start[name]) for name in start) > 100 * TOLERANCE  # it moved
         assert_close(dict(me.adapter.named_parameters()), whole.values)
         assert_equal_gradients(me, whole, batch)
-
-
-def random_examples(lengths: tuple[int, ...], vocabulary: int, seed: int = 0) -> list[Example]:
-    """Sequences of these lengths, about a third of whose tokens carry a label."""
-    generator = np.random.default_rng(seed)
-    examples = []
-    for length in lengths:
-        tokens = generator.integers(0, vocabulary, length)
-        labels = np.append(tokens[1:], IGNORE)
-        labels[: -2 * length // 3] = IGNORE
-        labels[:-2][generator.random(length - 2) < 0.4] = IGNORE
-        examples.append(Example(tokens, labels))
-    return examples
-
-
-def assert_equal_gradients(me: DeviceSession, whole: Reference, batch: Sequence[Example]) -> None:
-    """The session's loss and gradients against the reference's, tensor by tensor."""
-    result = me.forward_backward(batch)
-    found = {name: parameter.grad for name, parameter in me.adapter.named_parameters()}
-    me.optimizer.zero_grad()
-    loss, gradients = whole.gradients(batch)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
-    assert min(float(gradient.norm()) for gradient in gradients.values()) > 1e-4  # none is there to be missed
-    assert_close(found, gradients)
 
 
 def train_both(me: DeviceSession, whole: Reference, batches: Sequence[Sequence[Example]]) -> None:

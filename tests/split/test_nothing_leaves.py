@@ -23,7 +23,7 @@ from tests.support.fleet import Fleet
 from tests.support.recorder import (
     Recording,
     RecordingProxy,
-    search,
+    Search,
     tensor_needles,
     text_needles,
     token_needles,
@@ -55,8 +55,8 @@ class Secrets:
     tokens: list[list[int]]
     texts: list[str]
 
-    def needles(self) -> list[bytes]:
-        return [*tensor_needles(self.tensors), *token_needles(self.tokens), *text_needles(self.texts)]
+    def search(self) -> Search:
+        return Search([*tensor_needles(self.tensors), *token_needles(self.tokens), *text_needles(self.texts)])
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Run:
     printed: bytes
     counted: list[dict[str, int]]  # by each of the device's sessions
     secrets: Secrets
+    search: Search  # for those secrets
 
     def files(self) -> bytes:
         """Everything that the service wrote or printed."""
@@ -97,7 +98,8 @@ def run(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
         running.process.terminate()
         running.process.wait(30)
         assert running.process.stdout is not None
-        secrets = json.loads((device / "secrets.json").read_text())
+        noted = json.loads((device / "secrets.json").read_text())
+        secrets = Secrets(load_file(device / "secrets.safetensors"), noted["tokens"], noted["texts"])
         yield Run(
             running,
             proxy,
@@ -106,7 +108,8 @@ def run(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]
             notes.read_text().removeprefix(at_start).splitlines(),
             running.process.stdout.read(),
             counted,
-            Secrets(load_file(device / "secrets.safetensors"), secrets["tokens"], secrets["texts"]),
+            secrets,
+            secrets.search(),
         )
 
 
@@ -128,12 +131,12 @@ def run_device(port: int, token: str, folder: Path) -> list[dict[str, int]]:
 
 
 def test_nothing_private_crosses_the_socket(run: Run) -> None:
-    assert search(crossed(run.proxy.recordings), run.secrets.needles()) == []
+    assert run.search.find(crossed(run.proxy.recordings)) == []
 
 
 def test_nothing_private_is_written_by_the_service(run: Run) -> None:
     assert b"session opened" in run.files()  # the log is among them
-    assert search(run.files(), run.secrets.needles()) == []
+    assert run.search.find(run.files()) == []
     assert run.written_since_start == []  # while devices are served, nothing is opened for writing at all
 
 
@@ -156,46 +159,49 @@ def test_the_device_counts_what_crosses(run: Run) -> None:
 
 def test_the_search_finds_the_activations_that_do_cross(run: Run) -> None:
     embedded = load_file(run.device / "sent.safetensors")  # h_0 of a private text, sent up as float32
-    assert search(crossed(run.proxy.recordings), tensor_needles(embedded)) != []
+    assert Search(tensor_needles(embedded)).find(crossed(run.proxy.recordings)) != []
+
+
+def test_the_search_finds_every_secret_that_is_planted(run: Run, fleet: Fleet) -> None:
+    """Sent at an odd offset as a device sends, through a proxy of the same kind; and put among the service's files."""
+    leaked = planted(run.secrets)
+    to = fleet.service("llama")
+    with RecordingProxy(to.port) as proxy:
+        for secret in leaked.values():
+            device = Connection(f"ws://127.0.0.1:{proxy.port}/v1/sessions", to.token, ByteCount(), 10.0, 1 << 20)
+            device.send(Frame(Kind.OPEN, shape=(len(secret) + 3,), payload=b"abc" + secret))
+            device.close()
+    for name, secret in leaked.items():
+        (run.written / "data" / name).write_bytes(b"abc" + secret)
+    files = run.files()
+    for name in leaked:
+        (run.written / "data" / name).unlink()
+    for haystack in (crossed(proxy.recordings), files):
+        found = set(run.search.find(haystack))
+        assert [name for name, secret in leaked.items() if not any(needle in secret for needle in found)] == []
 
 
 def planted(secrets: Secrets) -> dict[str, bytes]:
-    """One of each secret, as it would look if it were sent."""
-    m, lora, moment = (secrets.tensors[name] for name in (
-        "0.4.m.3.weight.value", "1.4.lora.0.b.gate.value", "1.4.m.2.w1.exp_avg_sq",
-    ))  # fmt: skip
+    """One of each secret, as it might leak; no two of them have a piece in common."""
+    m, lora, moment = (
+        secrets.tensors[name] for name in ("0.4.m.3.weight.value", "1.4.lora.0.b.gate.value", "1.4.m.2.w1.exp_avg_sq")
+    )
     tokens = max(secrets.tokens, key=len)
     return {
-        "M, float32": m.numpy().tobytes(),
-        "M, bfloat16": m.bfloat16().view(torch.int16).numpy().tobytes(),
-        "M, float16": m.half().numpy().tobytes(),
-        "M, int8": bytes(encode(m.numpy(), WireDtype.INT8)),
-        "M, transposed": m[0].T.contiguous().numpy().tobytes(),
-        "three rows of M": m[0, 5:8].numpy().tobytes(),
+        "M in float32": m.numpy().tobytes(),
+        "M in bfloat16": m.bfloat16().view(torch.int16).numpy().tobytes(),
+        "M in float16": m.half().numpy().tobytes(),
+        "M in int8": bytes(encode(m.numpy(), WireDtype.INT8)),
+        "M transposed": m[0].T.contiguous().numpy().tobytes(),
+        "two rows of another M": secrets.tensors["0.1.m.2.weight.value"][0, 5:7].numpy().tobytes(),
         "LoRA": lora.numpy().tobytes(),
-        "optimizer moment": moment.numpy().tobytes(),
-        "tokens, int64": np.array(tokens, np.int64).tobytes(),
-        "tokens, int32": np.array(tokens, np.int32).tobytes(),
-        "tokens, uint16": np.array(tokens, np.uint16).tobytes(),
-        "text": secrets.texts[0].encode(),
-        "answer": secrets.texts[-1].encode(),
+        "a moment": moment.numpy().tobytes(),
+        "tokens in int64": np.array(tokens, np.int64).tobytes(),
+        "tokens in int32": np.array(tokens, np.int32).tobytes(),
+        "tokens in uint16": np.array(tokens, np.uint16).tobytes(),
+        "the question": secrets.texts[0].encode(),
+        "the answer": secrets.texts[-1].encode(),
     }
-
-
-def test_the_search_finds_each_secret_where_it_is_planted(run: Run, fleet: Fleet) -> None:
-    """Sent through the same proxy at odd offsets, as a device would send it, and written to the service's folder."""
-    needles = run.secrets.needles()
-    to = fleet.service("llama")
-    for name, secret in planted(run.secrets).items():
-        with RecordingProxy(to.port) as proxy:
-            leak = Connection(f"ws://127.0.0.1:{proxy.port}/v1/sessions", to.token, ByteCount(), 10.0, 1 << 20)
-            leak.send(Frame(Kind.OPEN, shape=(len(secret) + 3,), payload=b"abc" + secret))
-            leak.close()
-        assert search(crossed(proxy.recordings), needles), name
-        file = run.written / "data" / "leak"
-        file.write_bytes(b"abc" + secret)
-        assert search(run.files(), needles), name
-        file.unlink()
 
 
 def crossed(recordings: list[Recording]) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.split.common import MIXED
 from tests.support.fleet import DEPTH, Fleet
 
 from privatelora.device import DeviceSession
@@ -41,7 +42,7 @@ PLACEMENTS: dict[str, tuple[bool, bool, int]] = {
     "paper": (False, False, DEPTH),
     "inline=1+4": (False, False, 2),
     "first=1,inline=2+4": (True, False, 2),
-    "first=1,last=1,inline=2+3": (True, True, 2),
+    MIXED: (True, True, 2),
     "first=1,last=1,inline=2+4,train_first=no": (False, True, 2),
     "one-trip": (True, True, 0),
     "first=2,last=2,train_first=no": (False, True, 0),
@@ -50,15 +51,12 @@ PLACEMENTS: dict[str, tuple[bool, bool, int]] = {
 }
 NEVER_SENDS = [name for name, (trains_first, _, inline) in PLACEMENTS.items() if not trains_first and not inline]
 CASES = [
-    (placement, adapter)
-    for placement, (_, _, inline) in PLACEMENTS.items()
-    for adapter in ("calibrated", "random")
-    if inline or adapter == "calibrated"  # without inline layers nothing depends on the set
+    *((placement, "calibrated", wire_dtype) for placement in PLACEMENTS for wire_dtype in SIZES),
+    *((placement, "random", wire_dtype) for placement in ("paper", MIXED) for wire_dtype in ("float32", "int8")),
 ]
 
 
-@pytest.mark.parametrize("wire_dtype", SIZES)
-@pytest.mark.parametrize(("placement", "adapter"), CASES)
+@pytest.mark.parametrize(("placement", "adapter", "wire_dtype"), CASES)
 def test_counted_bytes_equal_the_formula(
     fleet: Fleet, sent: list[Frame], placement: str, adapter: str, wire_dtype: str
 ) -> None:

@@ -1,6 +1,6 @@
-"""A data plane process for tests that need several users or small limits, which `privatelora backbone` has no options for.
+"""A data plane process with several users or small limits, which `privatelora backbone` has no options for.
 
-    python -m tests.support.plane --model DIR --data-dir DIR --tokens '{"alice": "..."}' --settings '{"max_sessions": 2}'
+    python -m tests.support.plane --model DIR --data-dir DIR --tokens '{"alice": "..."}' --settings '{"max_streams": 2}'
 
 Prints one JSON line with its URL once it serves, as the real command does; everything below that is the service's own
 code. `tests/support/service.py` starts it.
@@ -44,7 +44,7 @@ async def _serve(data_plane: DataPlane, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     running = server(data_plane, "127.0.0.1", port)
     serving = asyncio.create_task(running.serve(sockets=[listener]))
-    while not running.started and not serving.done():
+    while not running.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
         await asyncio.sleep(0.01)
     print(json.dumps({"url": f"http://127.0.0.1:{port}"}), flush=True)
     await serving

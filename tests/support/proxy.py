@@ -233,4 +233,3 @@ def _read_exactly(source: socket.socket, count: int) -> bytes:
             raise EOFError
         data += part
     return bytes(data)
-

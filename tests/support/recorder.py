@@ -137,16 +137,21 @@ def _chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[bytes]:
             yield chunk
 
 
-def search(haystack: bytes, needles: Iterable[bytes]) -> list[bytes]:
-    """The needles that occur in the haystack, wherever they begin."""
-    by_key: dict[int, set[bytes]] = defaultdict(set)
-    for needle in needles:
-        by_key[int.from_bytes(needle[:KEY_BYTES], "little")].add(needle)
-    keys = np.array(sorted(by_key), "<u8")
-    found = []
-    for shift in range(KEY_BYTES):
-        words = np.frombuffer(haystack, "<u8", max(0, len(haystack) - shift) // KEY_BYTES, shift)
-        for hit in np.flatnonzero(np.isin(words, keys)).tolist():
-            at = KEY_BYTES * hit + shift
-            found += [needle for needle in by_key[int(words[hit])] if haystack.startswith(needle, at)]
-    return found
+class Search:
+    """Looks for many needles at once, at any offset: first for their beginnings, eight bytes at a time."""
+
+    def __init__(self, needles: Iterable[bytes]) -> None:
+        self._by_key: dict[int, set[bytes]] = defaultdict(set)
+        for needle in needles:
+            self._by_key[int.from_bytes(needle[:KEY_BYTES], "little")].add(needle)
+        self._keys = np.array(sorted(self._by_key), "<u8")
+
+    def find(self, haystack: bytes) -> list[bytes]:
+        """The needles that occur in the haystack."""
+        found = []
+        for shift in range(KEY_BYTES):
+            words = np.frombuffer(haystack, "<u8", max(0, len(haystack) - shift) // KEY_BYTES, shift)
+            for hit in np.flatnonzero(np.isin(words, self._keys)).tolist():
+                at = KEY_BYTES * hit + shift
+                found += [needle for needle in self._by_key[int(words[hit])] if haystack.startswith(needle, at)]
+        return found

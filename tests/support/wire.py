@@ -1,12 +1,12 @@
 """A device without manners: it says anything on the data plane, and reports how the service ended it.
 
-`Wire` is one WebSocket. `begin`, `delta` and their like build the frames of an honest device, for tests to spoil; `OPEN`
+`Wire` is one WebSocket. `begin`, `delta` and their like build the frames of an honest device, for tests to spoil; OPEN
 and its variations come from what the service announces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,10 +30,11 @@ ANSWER_TIMEOUT_S = 20.0
 class Wire:
     """A WebSocket to the data plane of `url`, with `session` once `open` was answered."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, headers: Mapping[str, str] | None = None) -> None:
+        bearer = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._connecting = connect(
             url.replace("http", "ws", 1) + DATA_PLANE_PATH,
-            additional_headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            additional_headers=bearer | dict(headers or {}),
             compression=None,
             max_size=None,
             ping_interval=None,

@@ -73,17 +73,16 @@ def local_token(path: Path) -> str:
     """Read the embedded service's token, or make it at the first start: one line, readable by its owner only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        token = path.read_text().strip()
-        if not token:
-            raise ConfigurationError(f"token file {path} is empty; delete it and start again") from None
-        return token
-    except OSError as error:
-        raise ConfigurationError(f"token file {path} cannot be made ({error}); choose another --data-dir") from None
-    token = secrets.token_urlsafe(32)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token + "\n")
+        if path.exists():
+            token = path.read_text().strip()
+        else:
+            token = secrets.token_urlsafe(32)
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(token + "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"token file {path} cannot be used ({error}); choose another --data-dir") from None
+    if not token:
+        raise ConfigurationError(f"token file {path} is empty; delete it and start again")
     return token
 
 

@@ -183,7 +183,10 @@ def create_app(plane: DataPlane) -> FastAPI:
             owner = plane.admission.authenticate(_bearer(websocket.headers.get("authorization")))
             plane.check_room(plane.connections, plane.settings.max_sessions + WAITING_CONNECTIONS)
         except PrivateLoraError as error:
-            await websocket.send_denial_response(_error_response(error))
+            refusal = _error_response(error)
+            for name in ("content-length", "content-type"):  # uvicorn sends its own as well; two are no valid answer
+                del refusal.headers[name]
+            await websocket.send_denial_response(refusal)
             return
         plane.connections += 1
         try:

@@ -11,11 +11,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 HANDSHAKE_TIMEOUT_S = 10.0  # for a request to arrive, for OPEN after an upgrade, and for a last message to be taken
+BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 MAX_REQUEST_BYTES = 64 * 1024  # head and body together; no route takes a body
 
 
 class GuardedHttp(HttpToolsProtocol):
-    """HTTP whose requests must arrive whole, within a time and a size, the first on a connection and every later one."""
+    """HTTP whose requests must arrive whole within a time and a size: the first of a connection and every later one."""
 
     _arrived = 0
     _deadline: asyncio.TimerHandle | None = None
@@ -37,6 +38,12 @@ class GuardedHttp(HttpToolsProtocol):
         self._forget_request()
         super().on_message_complete()
 
+    def handle_websocket_upgrade(self) -> None:
+        if all(value.isascii() for _, value in self.headers):
+            super().handle_websocket_upgrade()
+        else:  # uvicorn would fail at it, and count the connection for ever
+            self.send_400_response("Headers of a WebSocket must be ASCII.")
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_request()
         super().connection_lost(exc)
@@ -53,6 +60,16 @@ class GuardedHttp(HttpToolsProtocol):
 
 class GuardedWebSocket(WebSocketsSansIOProtocol):
     """A WebSocket that writes no more than its peer reads, and is gone soon after its session."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would wait for ever
+            self.transport.write(BAD_REQUEST)
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():
+            super().shutdown()
 
     def pause_writing(self) -> None:
         self.writable.clear()  # which `send` waits for

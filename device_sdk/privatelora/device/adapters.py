@@ -99,9 +99,10 @@ class Adapter(nn.Module):
         super().__init__()
         if settings.m_kind not in M_KINDS:
             raise ConfigurationError(f"m_kind {settings.m_kind!r} is unknown; use one of {', '.join(M_KINDS)}")
-        if settings.lora_rank < 1 or settings.m_hidden < 1:
+        if settings.lora_rank < 1 or settings.m_hidden < 1 or not 0 < settings.lora_alpha < math.inf:
             raise ConfigurationError(
-                f"lora_rank {settings.lora_rank} and m_hidden {settings.m_hidden} must be 1 or more"
+                f"lora_rank {settings.lora_rank} and m_hidden {settings.m_hidden} must be 1 or more, and lora_alpha "
+                f"{settings.lora_alpha} above 0"
             )
         self.settings = settings
         with torch.random.fork_rng(devices=[]):

@@ -8,7 +8,6 @@ Errors of the tree become one line and exit status 2; Ctrl-C ends with 130. Trai
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -232,8 +231,6 @@ def export(
 
 def main() -> None:
     """The `privatelora-device` script: one line and exit status 2 for every error of the tree."""
-    # Before torch is imported: its idle threads otherwise spin and take the cores of a service on the same machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PrivateLoraError as error:

@@ -263,7 +263,7 @@ def _completion(row: CompletionRow, coder: _Coder) -> _Sequence:
 
 def _chat(row: ChatRow, coder: _Coder) -> list[_Sequence]:
     """Encode the conversation once with all answers that it shows as generation would, others on their own."""
-    render = _renderer(row, coder.tokenizer)
+    render = chat_renderer(row, coder.tokenizer)
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     whole = render(answers[-1] + 1, False)
     spans: list[tuple[int, int]] = []  # characters [start, end) of the answers in `whole`
@@ -278,7 +278,7 @@ def _chat(row: ChatRow, coder: _Coder) -> list[_Sequence]:
     return [*sequences, _encode_spans(row, whole, spans, coder)]
 
 
-def _renderer(row: ChatRow, tokenizer: PreTrainedTokenizerBase) -> Callable[[int, bool], str]:
+def chat_renderer(row: ChatRow, tokenizer: PreTrainedTokenizerBase) -> Callable[[int, bool], str]:
     """Return `render(count, generation_prompt)`: the first `count` messages in the model's chat template."""
     if not tokenizer.chat_template:
         raise DataError(

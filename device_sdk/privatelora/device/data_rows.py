@@ -136,7 +136,8 @@ def _refuse_columns(where: str, columns: Iterable[object], kinds: int) -> NoRetu
     raise DataError(f"{where} {has} lacks the columns of a complete shape: rename or add them; {_SHAPES}")
 
 
-def _messages(where: str, value: object) -> tuple[dict[str, Any], ...]:
+def checked_messages(where: str, value: object) -> tuple[dict[str, Any], ...]:
+    """The messages of a chat, each with a string `role` and `content`; raises `DataError` naming the one without."""
     if not isinstance(value, (list, tuple)):
         raise DataError(
             f"messages in {where} is of type {type(value).__name__}, not a list of messages: a CSV file cannot hold "
@@ -153,12 +154,17 @@ def _messages(where: str, value: object) -> tuple[dict[str, Any], ...]:
         _filled(place, "role", message["role"])
         _string(place, "content", message["content"])
         messages.append(dict(message))
+    return tuple(messages)
+
+
+def _messages(where: str, value: object) -> tuple[dict[str, Any], ...]:
+    messages = checked_messages(where, value)
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise DataError(
             f"{where} has no assistant message with content, so there is nothing to train on: add the answer as "
             '{"role": "assistant", "content": ...} or leave the row out'
         )
-    return tuple(messages)
+    return messages
 
 
 def _filled(where: str, column: str, value: object) -> str:

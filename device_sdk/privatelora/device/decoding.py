@@ -36,7 +36,7 @@ class Decoding:
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
         """Logits (vocab,) that follow the history; runs what of it no cache holds yet."""
-        if self.done and self.session != self.remote.session:  # it ended since the last token, and the service's cache with it
+        if self.done and self.session != self.remote.session:  # it ended meanwhile, and the service's cache with it
             self.restart()
         model = self.model
         step = self.remote.service.info.limits.max_tokens_per_step

@@ -6,7 +6,7 @@ refuses what the service does not offer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from privatelora.device.adapters import AdapterSettings
 from privatelora.device.state import Identity
@@ -58,18 +58,16 @@ def resolve(options: Options, info: ServiceInfo, saved: Identity | None) -> Reso
 
     base = saved.settings if saved else DEFAULTS
     kind = options.adapter or base.spec.kind
-    down, up = (options.rank, options.rank) if isinstance(options.rank, int) else options.rank or (None, None)
-    spec = AdapterSpec(kind, down or base.spec.rank_down, up or base.spec.rank_up)
-    settings = AdapterSettings(
-        spec,
-        options.m_kind or base.m_kind,
-        options.m_hidden or base.m_hidden,
-        options.lora_rank or base.lora_rank,
-        options.lora_alpha or base.lora_alpha,
-        base.seed if options.seed is None else options.seed,
-    )
+    own = {"m_kind", "m_hidden", "lora_rank", "lora_alpha", "seed"}
+    asked = {name: value for name in own if (value := getattr(options, name)) is not None}
+    ranks = (options.rank, options.rank) if isinstance(options.rank, int) else options.rank
     keeps_set = saved is not None and saved.settings.spec.kind == kind and saved.set_hash is not None
     set_hash = saved.set_hash if saved is not None and keeps_set else info.default_sets.get(kind)
+    offered = next((found for found in info.sets if found.sha256 == set_hash), None)
+    if ranks is None and saved is None and offered is not None:  # a small model's set may not reach our default
+        ranks = min(base.spec.rank_down, offered.max_rank_down), min(base.spec.rank_up, offered.max_rank_up)
+    spec = AdapterSpec(kind, *(ranks or (base.spec.rank_down, base.spec.rank_up)))
+    settings = replace(base, spec=spec, **asked)
     identity = Identity(info.model.sha256, set_hash if placement.inline else None, placement, settings)
     if saved is not None:
         identity.require(saved)

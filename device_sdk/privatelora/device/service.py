@@ -11,7 +11,7 @@ import os
 import ssl
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx2 as httpx
 
@@ -53,20 +53,21 @@ class Service:
         timeout_s: float = 30.0,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigurationError(f"server {base_url!r} is not a base URL; write it as https://host:port")
+        parts = _split_url(self.base_url)
         on_this_machine = _is_loopback(parts.hostname)
         if parts.scheme == "http" and not on_this_machine and not allow_plain:
             raise ConfigurationError(
                 f"{base_url} is a plain connection to another host, which shows your activations and your token to the "
                 "network; use https://, or pass allow_plain=True (--allow-plain) to accept that"
             )
-        self.token = token or os.environ.get("PRIVATELORA_TOKEN") or (_local_token() if on_this_machine else None)
+        found = token or os.environ.get("PRIVATELORA_TOKEN") or (_local_token() if on_this_machine else None)
+        self.token = (found or "").strip()  # a file's or a variable's last line end is no part of it
         if not self.token:
             raise AuthenticationError(
                 f"{base_url} needs a token: pass token=, or set PRIVATELORA_TOKEN to the one that its operator gave you"
             )
+        if not self.token.isascii() or not self.token.isprintable():
+            raise AuthenticationError("the token holds characters that no token has; copy it again, whole")
         self.tls = _tls_context(ca_file) if parts.scheme == "https" else None
         self.timeout_s = timeout_s
         self.cache = Path(cache_dir) if cache_dir else local.cache_dir()
@@ -126,6 +127,11 @@ class Service:
         try:
             response = self._client.get(INFO_PATH)
         except httpx.HTTPError as error:
+            if untrusted := _untrusted_certificate(error):
+                raise ConnectionLostError(
+                    f"the certificate of {self.base_url} is not trusted ({untrusted.verify_message}); pass ca_file= with "
+                    "the authority that signed it"
+                ) from None
             raise ConnectionLostError(
                 f"{self.base_url} cannot be reached ({error}); is the service running? Start one with `privatelora up`"
             ) from None
@@ -153,6 +159,23 @@ def _raise_for(response: httpx.Response) -> None:
     raise error
 
 
+def _split_url(base_url: str) -> SplitResult:
+    try:
+        parts = urlsplit(base_url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # a port or an address that is none
+        pass
+    raise ConfigurationError(f"server {base_url!r} is not a base URL; write it as https://host:port")
+
+
+def _untrusted_certificate(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """The reason behind an HTTP error, if it is that the other end's certificate was refused."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
@@ -170,7 +193,10 @@ def _local_token() -> str | None:
 
 
 def _tls_context(ca_file: str | Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
     try:
-        return ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        if ca_file:
+            context.load_verify_locations(ca_file)
     except OSError as error:
         raise ConfigurationError(f"ca_file {ca_file} cannot be used ({error}); give a PEM file") from None
+    return context

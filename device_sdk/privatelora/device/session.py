@@ -10,6 +10,7 @@ its pass again from what the device still has, the batch or the token history.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from privatelora.device.adapters import Adapter
 from privatelora.device.batch import Batch
-from privatelora.device.data import Dataset, Example, LocalData, load_examples
+from privatelora.device.data import Dataset, Example, LocalData, chat_renderer, load_examples
+from privatelora.device.data_rows import ChatRow, checked_messages
 from privatelora.device.exchange import RemoteLayers
 from privatelora.device.generation import Sampler, pieces
 from privatelora.device.model import DeviceModel, end_tokens, load_tokenizer
@@ -208,8 +210,7 @@ class DeviceSession:
         """Mean loss over local data, without training."""
         data = self.examples(local_data)
         total, labelled = 0.0, 0
-        for first in range(0, len(data.examples), batch_size):
-            batch = Batch.of(data.examples[first : first + batch_size])
+        for batch in Batch.packed(data.examples, batch_size, self.service.info.limits.max_tokens_per_step):
             total += self._replaying(partial(self.split.score, batch))
             labelled += len(batch.rows)
         return Evaluation(total / labelled, labelled, len(data.examples))
@@ -242,9 +243,10 @@ class DeviceSession:
         seed: int | None = None,
     ) -> Iterator[str]:
         """`generate`, piece by piece as the text grows."""
-        sampler = Sampler(temperature, top_p, seed)
-        tokens = self._generate_tokens(self.encode(prompt), max_new_tokens, sampler)
-        return pieces(tokens, self.tokenizer, [stop] if isinstance(stop, str) else stop)
+        sampler, stops = Sampler(temperature, top_p, seed), [stop] if isinstance(stop, str) else list(stop)
+        if max_new_tokens < 1 or "" in stops:
+            raise ConfigurationError(f"max_new_tokens {max_new_tokens} must be 1 or more, and no stop string empty")
+        return pieces(self._generate_tokens(self.encode(prompt), max_new_tokens, sampler), self.tokenizer, stops)
 
     async def afinetune(self, local_data: LocalData | Dataset, **options: Any) -> FinetuneReport:
         """`finetune` on a worker thread."""
@@ -290,6 +292,10 @@ class DeviceSession:
 
     def optim_step(self, learning_rate: float, clip_norm: float | None = 1.0) -> float:
         """One AdamW step on the accumulated gradients, clipped to a total norm; returns the norm before clipping."""
+        if not 0 <= learning_rate < math.inf or (clip_norm is not None and not clip_norm > 0):
+            raise ConfigurationError(
+                f"learning_rate {learning_rate} must be a finite number of 0 or more, and clip_norm {clip_norm} above 0"
+            )
         parameters = list(self.adapter.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm if clip_norm is not None else float("inf"))
         if not torch.isfinite(norm):
@@ -303,16 +309,16 @@ class DeviceSession:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, or of a chat with the model's template and its opening of the answer."""
+        if not prompt:
+            raise DataError("the prompt is empty; write at least one word")
         if isinstance(prompt, str):
             ids = list(self.tokenizer(prompt)["input_ids"])
         else:
             if not self.tokenizer.chat_template:
                 raise ConfigurationError("this model has no chat template; pass the prompt as a string")
-            messages = [dict(message) for message in prompt]
-            text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            chat = ChatRow("the prompt", checked_messages("the prompt", prompt))
+            text = chat_renderer(chat, self.tokenizer)(len(chat.messages), True)
             ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if not ids:
-            raise DataError("the prompt is empty; write at least one word")
         if len(ids) >= self.config.context_length:
             raise DataError(
                 f"the prompt has {len(ids)} tokens, which leaves no room in a context of {self.config.context_length}; "
@@ -384,8 +390,8 @@ class DeviceSession:
                     raise
                 if now >= deadline:
                     raise ConnectionLostError(
-                        f"{self.service.base_url} did not come back within {self.retry_s:g} s ({error}); see that it is "
-                        "running, then call again: nothing is lost, and finetune goes on with resume=True"
+                        f"{self.service.base_url} did not come back within {self.retry_s:g} s ({error}); see that it "
+                        "is running, then call again: nothing is lost, and finetune goes on with resume=True"
                     ) from None
                 time.sleep(min(error.retry_after_s or wait_s, max(0.0, deadline - now)))
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)

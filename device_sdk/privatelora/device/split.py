@@ -52,7 +52,7 @@ class SplitModel:
         with torch.enable_grad():
             logits = self.model.leave(h, ragged, self.adapter, batch.rows if self.placement.last else None)
             loss = loss_fn(logits, batch.labels)
-        if loss.ndim or not loss.requires_grad:
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
             raise ConfigurationError("loss_fn must return a scalar tensor that depends on the logits")
         own = dict(self.adapter.named_parameters())
         last = {name: p for name, p in own.items() if _lora_layer(name) in self.model.last}

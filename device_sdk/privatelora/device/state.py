@@ -78,7 +78,7 @@ def adapter_state(adapter: Adapter, optimizer: torch.optim.AdamW, identity: Iden
 
 def restore(state: RecordDict, adapter: Adapter, optimizer: torch.optim.AdamW, step: int) -> None:
     """Put records back; with `step` 0 the moments start anew."""
-    adapter.load_arrays(_to_tensors(state.array_records[ADAPTER]))
+    adapter.load_arrays(_to_tensors(state.array_records.get(ADAPTER, ArrayRecord())))  # none where nothing is trained
     optimizer.state.clear()
     if step:
         moments = {moment: _to_tensors(state.array_records.get(moment, ArrayRecord())) for moment in MOMENTS}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from privatelora.device.split import LossFn
 
 STOPPED = ("finished", "early stopping", "time budget", "byte budget", "callback")
+KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 RATE_OF_HIGH_RANK, RATE_OF_LOW_RANK, LOW_RANK = 5e-3, 7e-3, 32  # DESIGN section 3's recipe
 
 
@@ -90,6 +91,10 @@ class Plan:
             raise ConfigurationError(
                 f"a round has no setting {', '.join(sorted(unknown))}; known: {', '.join(cls.__dataclass_fields__)}"
             )
+        for name, value in config.items():
+            kind = cls.__dataclass_fields__[name].type
+            if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
+                raise ConfigurationError(f"{name} is {value!r}; it must be of type {kind}")
         plan = cls(**cast(dict[str, Any], dict(config)))
         if plan.epochs < 1 or plan.batch_size < 1:
             raise ConfigurationError(f"epochs {plan.epochs} and batch_size {plan.batch_size} must be 1 or more")
@@ -98,8 +103,10 @@ class Plan:
                 f"learning_rate {plan.learning_rate} must be a finite number above 0, and clip_norm "
                 f"{plan.clip_norm} above 0"
             )
-        if min(plan.warmup_steps, plan.patience, plan.max_seconds, plan.max_bytes) < 0:
-            raise ConfigurationError("warmup_steps, patience, max_seconds and max_bytes must not be negative")
+        if not all(limit >= 0 for limit in (plan.warmup_steps, plan.patience, plan.max_seconds, plan.max_bytes)):
+            raise ConfigurationError("warmup_steps, patience, max_seconds and max_bytes must be 0 or more")
+        if plan.seed < 0:
+            raise ConfigurationError(f"seed {plan.seed} must be 0 or more")
         return plan
 
     def fingerprint(self, data: Dataset) -> str:
@@ -121,11 +128,11 @@ def finetune(
     if settings["learning_rate"] is None:
         low = session.placement.inline and session.settings.spec.rank_down <= LOW_RANK
         settings["learning_rate"] = RATE_OF_LOW_RANK if low else RATE_OF_HIGH_RANK
-    if settings["learning_rate"] <= 0:
-        raise ConfigurationError(f"learning_rate {settings['learning_rate']} must be above 0")
     if settings["patience"] is not None and validation is None:
         raise ConfigurationError("patience needs validation data to look at; pass validation=")
     config = ConfigRecord({name: value for name, value in settings.items() if value is not None} | {"resume": resume})
+    if Plan.read(config).learning_rate == 0:
+        raise ConfigurationError("learning_rate 0 would train nothing; give one above 0, or none")
     history: list[StepRecord] = []
     metrics = local_round(
         config,

@@ -7,7 +7,6 @@ demo            `demo.run_demo`                            adapters    the publi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,8 +259,6 @@ def import_set(
 
 def main() -> None:
     """The `privatelora` script: one line and exit status 2 for every error of the tree."""
-    # Before torch is imported: its idle threads otherwise spin and take the cores of a device on the same machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PrivateLoraError as error:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 4
 SEED = 0
-MAX_ANSWER_TOKENS = 32  # the longest right answer has 15
+MAX_ANSWER_TOKENS = 24  # the longest right answer has 13
 RIGHT, WRONG = "[green]✓[/green]", "[red]✗[/red]"
 
 
@@ -166,8 +166,9 @@ def _teach(me: DeviceSession, options: DemoOptions, started: float, console: Con
         reduction_by_shape=reduction_by_shape(),
         seconds=time.monotonic() - started,
     )
-    write_report(report, save_loss_curve(trained.history, options.output / "loss.png"), options.output)
-    _conclude(report, facts, options.output, console)
+    curve = save_loss_curve(trained.history, options.output / "loss.png")
+    write_report(report, len(me.placement.inline), curve, options.output)
+    _conclude(report, facts, len(me.placement.inline), options.output, console)
     return report
 
 
@@ -229,7 +230,7 @@ def _introduce(me: DeviceSession, console: Console) -> None:
     console.print(table)
 
 
-def _conclude(report: Report, facts: Sequence[Fact], output: Path, console: Console) -> None:
+def _conclude(report: Report, facts: Sequence[Fact], inline_layers: int, output: Path, console: Console) -> None:
     """The table of answers, what crossed, and where the report is."""
     from privatelora.device.progress import size_text
 
@@ -250,7 +251,9 @@ def _conclude(report: Report, facts: Sequence[Fact], output: Path, console: Cons
         "loss of the answers": f"{report.loss_before:.3f} to {report.loss_after:.3f} nats a token",
         "tensors on the wire": f"{size_text(report.payload_bytes_up)} up, {size_text(report.payload_bytes_down)} down, "
         + ("to the byte what the formula says" if equal else "NOT what the formula says"),
-        "exchange at the layers": f"{report.reduction_vs_device_lora:.1%} less than LoRA on the device would need",
+        "exchange at the layers": f"{report.reduction_vs_device_lora:.1%} less than LoRA on the device would need"
+        if inline_layers
+        else "none",
         "tokens/s": f"{report.train_tokens_per_s:.0f} in training, {report.generate_tokens_per_s:.0f} in answering",
         "all of it took": f"{report.seconds:.0f} s",
         "read on": f"{output / 'report.html'}, {output / 'report.json'}, {output / 'loss.png'}",

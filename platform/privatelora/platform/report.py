@@ -71,7 +71,7 @@ class Report:
     seconds: float
 
 
-def write_report(report: Report, curve: Path, folder: Path) -> None:
+def write_report(report: Report, inline_layers: int, curve: Path, folder: Path) -> None:
     """Write report.json and report.html beside the loss curve; raises `ConfigurationError` where that cannot be."""
     picture = base64.b64encode(curve.read_bytes()).decode()
     environment = Environment(
@@ -81,7 +81,9 @@ def write_report(report: Report, curve: Path, folder: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(report=report, picture=picture, privacy=PRIVACY)
+    page = environment.get_template("report.html.j2").render(
+        report=report, inline_layers=inline_layers, picture=picture, privacy=PRIVACY
+    )
     try:
         (folder / "report.json").write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "report.html").write_text(page, "utf-8")

@@ -1,0 +1,158 @@
+"""Frozen weights are held once a process; a session holds its caches and activations, and nothing once it is gone."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from tests.split.common import random_examples
+from tests.support.fleet import DEPTH, SMOLLM2, Fleet
+
+from privatelora.cloud.admission import TokenAdmission
+from privatelora.cloud.backbone import Backbone
+from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+from privatelora.cloud.session import Session
+from privatelora.device import DeviceSession
+from privatelora.device.batch import Batch
+from privatelora.device.exchange import RemoteLayers, Span
+from privatelora.protocol.codec import WireDtype
+from privatelora.protocol.frames import Phase
+
+MB = 1 << 20
+SESSIONS = 12
+TOKENS = 100  # of each session's prompt
+SMOLLM2_WEIGHTS = 30 * 4 * (960 * 576 + 576 * 576 + 3 * 576 * 1536)  # bytes of the service's layers, float32
+SMOLLM2_KV = 30 * 2 * 192 * 4  # bytes a token
+
+
+def test_weights_are_held_once_whatever_the_number_of_sessions(fleet: Fleet) -> None:
+    """Twelve sessions of one service, each with a KV cache, cost their caches and not one copy of the weights."""
+    running = fleet.service(SMOLLM2)
+    with fleet.session(SMOLLM2, placement="paper") as me, ExitStack() as open_sessions:
+
+        def open_another() -> None:
+            remote = another_connection(me)
+            open_sessions.callback(remote.disconnect)
+            prefill(me, remote)
+
+        open_another()
+        with_one = running.memory_bytes()
+        assert with_one - fleet.service("llama").memory_bytes() < 1.5 * SMOLLM2_WEIGHTS
+        for _ in range(SESSIONS - 1):
+            open_another()
+        grown = running.memory_bytes() - with_one
+    caches = (SESSIONS - 1) * 2 * TOKENS * SMOLLM2_KV  # a cache may have room for as many tokens again
+    assert grown < caches + 32 * MB < SMOLLM2_WEIGHTS / 2
+
+
+def test_memory_of_sessions_that_ended_is_used_again(fleet: Fleet) -> None:
+    """Devices that come, leave a cache and a training pass half done, and go: the service does not grow with them."""
+    running = fleet.service(SMOLLM2)
+    with fleet.session(SMOLLM2, placement="paper") as me:
+        batch = Batch.of(random_examples((TOKENS,), me.config.vocab_size))
+
+        def come_and_go() -> None:
+            remote = another_connection(me)
+            prefill(me, remote)
+            h = me.model.enter(batch.tokens, me.model.ragged(batch.lengths), me.adapter)
+            remote.forward(h, batch.spans(), Phase.TRAIN, me.adapter, batch.rows)
+            remote.disconnect()
+
+        for _ in range(3):
+            come_and_go()
+        settled = running.memory_bytes()
+        for _ in range(8):
+            come_and_go()
+        state = TOKENS * SMOLLM2_KV  # of one session's cache alone; its activations are several times that
+        assert running.memory_bytes() - settled < 8 * state
+
+
+def test_a_session_holds_its_caches_and_activations_only_and_leaves_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    with (
+        serving(Backbone.load(fleet.source("qwen3"), tmp_path, torch.float32)) as (plane, url),
+        connect(url, tmp_path / "first", fleet) as first,
+        connect(url, tmp_path / "second", fleet) as second,
+    ):
+        batch = Batch.of(random_examples((30, 7), first.config.vocab_size))
+        for me in (first, second):
+            me.split.forward_backward(batch, torch.nn.functional.cross_entropy)
+            me.generate("A prompt", max_new_tokens=3)
+        # RELEASE is not answered, so it may be a moment behind; then a finished step and a finished text leave nothing
+        wait_for(lambda: all(not held.caches and not held.passes for held in plane.sessions.values()))
+        assert_weights_are_shared(plane)
+
+        first.split.decode(list(range(4, 24))).next_logits()
+        h = first.model.enter(batch.tokens, first.model.ragged(batch.lengths), first.adapter)
+        first.remote.forward(h, batch.spans(), Phase.TRAIN, first.adapter, batch.rows)
+        held = state_of(plane.sessions[first.remote.session])
+        first.remote.disconnect()
+        wait_for(lambda: list(plane.sessions) == [second.remote.session])
+        wait_for(lambda: gc.collect() >= 0 and not any(reference() for reference in held))
+        second.generate("A prompt", max_new_tokens=3)  # the other session goes on
+
+
+def assert_weights_are_shared(plane: DataPlane) -> None:
+    """Both sessions work on the very tensors that the backbone holds."""
+    ours, theirs = plane.sessions.values()
+    for l in range(DEPTH):
+        assert ours.inline[l] is theirs.inline[l]
+        fused = ours.inline[l].fused
+        assert fused is not None
+        assert fused.untyped_storage().data_ptr() == plane.backbone.layers[l].qkv.untyped_storage().data_ptr()
+
+
+def state_of(session: Session) -> list[weakref.ref[object]]:
+    """Weak references to all that a session holds: one cache, and one pass with its activations."""
+    (cache,), (active,) = session.caches.values(), session.passes.values()
+    assert session.saved_bytes == cache.nbytes == DEPTH * 2 * 64 * 64 * 4  # room for 64 tokens, 2 heads of 32
+    activations = [tensor for stretch in active.split._stretches for tensor in stretch.outputs]
+    assert len(activations) == 3 * (DEPTH - 1) + 1  # h, qkv and u at each cut but the first, and h at the end
+    return [weakref.ref(thing) for thing in (session, cache, active.split, *activations)]
+
+
+def connect(url: str, store: Path, fleet: Fleet) -> DeviceSession:
+    cache = fleet.folder / "cache"
+    return DeviceSession(url, token="t", store_dir=store, cache_dir=cache, placement="paper", rank=(16, 8))
+
+
+def another_connection(me: DeviceSession) -> RemoteLayers:
+    """One more session of the same device's service, without a second copy of the device's own weights."""
+    return RemoteLayers(me.service, me.placement, me.settings, me.identity.set_hash, WireDtype.FLOAT32, torch.float32)
+
+
+def prefill(me: DeviceSession, remote: RemoteLayers) -> None:
+    """Run a prompt through a session and leave its cache there."""
+    with torch.inference_mode():
+        h = me.model.enter(torch.arange(TOKENS), me.model.ragged([TOKENS]), me.adapter)
+        remote.forward(h, [Span(1, 0, TOKENS)], Phase.GENERATE, me.adapter, torch.tensor([TOKENS - 1]))
+
+
+@contextmanager
+def serving(backbone: Backbone) -> Iterator[tuple[DataPlane, str]]:
+    """A service on a thread of this process, so that a test sees the objects that it holds."""
+    plane = DataPlane(backbone, TokenAdmission({"t": "owner"}), DataPlaneSettings())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        running = server(plane, "127.0.0.1", port)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            wait_for(lambda: running.started)
+            yield plane, f"http://127.0.0.1:{port}"
+        finally:
+            running.should_exit = True
+            thread.join(10)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the service still holds it"
+        time.sleep(0.01)

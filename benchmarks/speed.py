@@ -41,6 +41,7 @@ SEQUENCES, LENGTH = 4, 128
 REPEATS = 5
 ATTENTIONS = ("sdpa", "eager")
 WIRE = "wire_ms_per_exchange"
+LOOPBACK, IN_PROCESS, ONE_THREAD = "loopback", "in process", "in process, one thread"
 M_SCALE = 0.02  # of the random M in training: at zero half of the gradients would vanish
 
 
@@ -187,35 +188,41 @@ def _wire(bench: Workbench, repeats: int) -> Row:
     """Time of a decoding step over loopback, less the same step in this process, over its round trips.
 
     Both run one token through the service's 30 layers with 30 exchanges of u and v (and h up and down), at a context of
-    100 to 150 tokens, M on the device's side included, embedding and LM head not.
+    100 to 150 tokens, M on the device's side included, embedding and LM head not. In this process the step has all of
+    torch's threads; the service gives a single token one, so the step with one is told as well.
     """
     with bench.session("bfloat16", placement="paper") as me:
         source = source_of(BUNDLED)
         backbone = Backbone.load(source, bench.data_dir, torch.bfloat16)  # what the service published, read again
         _, ids = _prompt(me.tokenizer)
         h = me.model.embedding[torch.tensor(ids)]  # (PROMPT, d)
-        steps: dict[str, list[float]] = {"loopback": [], "in process": []}
+        steps: dict[str, list[float]] = {LOOPBACK: [], IN_PROCESS: [], ONE_THREAD: []}
 
         def run(where: str) -> None:
-            step = _remote_step(me) if where == "loopback" else _local_step(me, backbone)
-            step(h)  # prefill
-            for _ in range(NEW):
-                started = time.perf_counter()
-                step(h[-1:])
-                steps[where].append(time.perf_counter() - started)
+            step = _remote_step(me) if where == LOOPBACK else _local_step(me, backbone)
+            torch.set_num_threads(1 if where == ONE_THREAD else bench.threads)
+            try:
+                step(h)  # prefill
+                for _ in range(NEW):
+                    started = time.perf_counter()
+                    step(h[-1:])
+                    steps[where].append(time.perf_counter() - started)
+            finally:
+                torch.set_num_threads(bench.threads)
 
         with torch.inference_mode():
             _in_turn(dict.fromkeys(steps, run), repeats)
         trips = me.placement.round_trips
     # the first NEW steps of each are the round that warms up
-    loopback, local = (1e3 * statistics.median(times[NEW:]) for times in (steps["loopback"], steps["in process"]))
+    ms = {where: 1e3 * statistics.median(times[NEW:]) for where, times in steps.items()}
     return Row(
         WIRE,
         TARGETS[WIRE],
-        value=(loopback - local) / trips,
-        conditions=f"paper, bfloat16, one session over loopback: median decoding step of {loopback:.2f} ms, less "
-        f"{local:.2f} ms for the same layers and M in one process, over {trips} round trips; context {PROMPT} to "
-        f"{PROMPT + NEW} tokens, {repeats} rounds of {NEW} steps in turn, {bench.threads} threads",
+        value=(ms[LOOPBACK] - ms[IN_PROCESS]) / trips,
+        conditions=f"paper, bfloat16, one session over loopback: median decoding step of {ms[LOOPBACK]:.2f} ms, less "
+        f"{ms[IN_PROCESS]:.2f} ms for the same layers and M in one process with {bench.threads} threads "
+        f"({ms[ONE_THREAD]:.2f} ms with one), over {trips} round trips; context {PROMPT} to {PROMPT + NEW} tokens, "
+        f"{repeats} rounds of {NEW} steps in turn",
     )
 
 

@@ -85,7 +85,7 @@ class Workbench:
         """transformers' own model with plain frozen weights of that dtype."""
         if dtype not in self._models:
             config, state = self._checkpoint
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager")
             model.load_state_dict(state)
             model.tie_weights()
             self._models[dtype] = model.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
 """Take your adapter along: export it as PEFT's files, for the whole model anywhere.
 
-    python examples/export_to_peft.py http://127.0.0.1:8765 my-adapter/
+python examples/export_to_peft.py http://127.0.0.1:8765 my-adapter/
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Teach a hosted model private facts with ten lines of SDK. Needs a service: `privatelora up`.
 
-    python examples/finetune_facts.py http://127.0.0.1:8765
+python examples/finetune_facts.py http://127.0.0.1:8765
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Write your own training loop from the verbs beneath `finetune`, with a loss of your own.
 
-    python examples/training_loop.py http://127.0.0.1:8765
+python examples/training_loop.py http://127.0.0.1:8765
 """
 
 import sys

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import settings
 from tests.support.fleet import Fleet
+
+settings.register_profile("privatelora", deadline=None)  # the machine has more to do than one example
+settings.load_profile("privatelora")
 
 
 @pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+def fleet() -> Iterator[Fleet]:
     """One real service a model, started at its first use; all stop with the test session."""
     torch.set_num_threads(1)  # device and service run at the same time, on as little as two cores
-    with Fleet(tmp_path_factory.mktemp("fleet")) as running:
+    with TemporaryDirectory(prefix="privatelora-tests-") as folder, Fleet(Path(folder)) as running:  # a gigabyte
         yield running

@@ -5,6 +5,7 @@ The first half tests the plain functions over logits and ids; the second asks a 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 
@@ -272,6 +273,17 @@ def test_two_streams_of_one_session_do_not_mix(me: DeviceSession) -> None:
             else:
                 together[prompt] += piece
     assert together == alone
+
+
+async def test_twins_at_the_same_time_do_not_mix(me: DeviceSession) -> None:
+    prompts = ("one two", "seven eight", "ten")
+    alone = [me.generate(prompt, max_new_tokens=20) for prompt in prompts]
+    loss = me.evaluate(["some text"]).loss
+    *together, found = await asyncio.gather(
+        *(me.agenerate(prompt, max_new_tokens=20) for prompt in prompts), asyncio.to_thread(me.evaluate, ["some text"])
+    )
+    assert together == alone
+    assert found.loss == loss
 
 
 async def test_async_twins_give_the_same_text(me: DeviceSession) -> None:

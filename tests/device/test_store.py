@@ -5,6 +5,7 @@ Crashes, full disks and second processes are real: children that die, a tmpfs th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -233,10 +235,10 @@ def test_a_closed_store_can_be_opened_again(tmp_path: Path) -> None:
 
 
 @contextmanager
-def limited_files(tmp_path: Path) -> Iterator[Path]:
+def limited_files(tmp_path: Path, most: int = 1 << 17) -> Iterator[Path]:
     """A folder on a disk where no file may be longer than 128 KiB, by the kernel's limit for this process."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
         yield tmp_path
     finally:
@@ -292,6 +294,21 @@ def test_a_device_whose_disk_is_full_keeps_its_adapter_in_memory(
         assert other.generate("one two", max_new_tokens=10) != text
         other.load(tmp_path / "elsewhere")
         assert other.generate("one two", max_new_tokens=10) == text
+
+
+@pytest.mark.parametrize(
+    "disk", [partial(limited_files, most=1 << 15), small_disk], ids=["limited_files", "small_disk"]
+)
+def test_a_full_disk_keeps_no_half_of_a_download(
+    tmp_path: Path, fleet: Fleet, disk: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    fleet.service("llama")
+    with disk(tmp_path) as folder:
+        with pytest.raises(StoreError, match="free space there, or set PRIVATELORA_CACHE_DIR"):
+            fleet.session("llama", placement="first=2,last=2", cache_dir=folder / "cache")
+        parts = list((folder / "cache" / "blobs").iterdir())
+        assert all(len(part.name) == 64 for part in parts)  # whole ones, by their hash
+        assert all(hashlib.sha256(part.read_bytes()).hexdigest() == part.name for part in parts)
 
 
 # -- damaged files ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Bystander:
     """
 
     def __init__(self, me: DeviceSession) -> None:
-        assert me.retry_s == 0
+        assert me.replay.retry_s == 0
         self.me = me
         make_random(me)
         self.batch = me.examples(["the quick brown fox", "jumps over"]).examples

@@ -514,7 +514,7 @@ def test_session_numbers_cannot_be_guessed(target: Target) -> None:
 # -- anything at all --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     opened=st.booleans(),
     damage=st.lists(st.tuples(st.integers(0, 59), st.integers(0, 255)), max_size=4),
@@ -539,7 +539,7 @@ def test_any_damage_to_a_frame_gives_a_coded_error_or_an_answer(
         assert_coded(wire)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=st.lists(st.binary(max_size=80) | st.text(max_size=20), min_size=1, max_size=3), opened=st.booleans())
 def test_any_messages_give_coded_errors(target: Target, messages: list[bytes | str], opened: bool) -> None:
     with Wire(target.url, TOKENS["mallory"]) as wire:

@@ -34,7 +34,7 @@ from privatelora.protocol.errors import (
     PrivateLoraError,
     StoreError,
 )
-from privatelora.protocol.messages import INFO_PATH
+from privatelora.protocol.messages import BLOB_PATH, INFO_PATH
 from privatelora.protocol.placement import Placement
 
 NAN, INFINITY = math.nan, math.inf
@@ -97,15 +97,17 @@ def test_a_plain_connection_that_was_asked_for_is_tried() -> None:
 
 
 @contextmanager
-def other_server(body: bytes, status: int = 200) -> Iterator[str]:
-    """An HTTP server that answers everything with one body."""
+def other_server(body: bytes, status: int = 200, blob: bytes = b"", announced: int | None = None) -> Iterator[str]:
+    """An HTTP server that answers everything with one body, and downloads with `blob`, of which it says its length."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            content = blob if BLOB_PATH in self.path else body
+            length = announced if announced is not None and BLOB_PATH in self.path else len(content)
             self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(length))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Say nothing."""
@@ -139,6 +141,23 @@ def test_another_protocol_version_is_refused(fleet: Fleet) -> None:
         DeviceSession(url, token="token")
 
 
+@pytest.mark.parametrize(
+    ("blob", "length", "word"),
+    [(b"damaged", None, "arrived damaged; try again"), (b"half", 10_000, "broke off.*try again")],
+)
+def test_a_download_that_is_not_whole_is_not_kept(
+    fleet: Fleet, tmp_path: Path, blob: bytes, length: int | None, word: str
+) -> None:
+    running = fleet.service("llama")
+    answer = httpx2.get(running.url + INFO_PATH, headers={"Authorization": f"Bearer {running.token}"})
+    places = {"cache_dir": tmp_path / "cache", "store_dir": tmp_path / "store"}
+    with other_server(answer.content, blob=blob, announced=length) as url, refused(ConnectionLostError, word):
+        DeviceSession(url, token="token", rank=8, **places)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    with DeviceSession(running.url, token=running.token, rank=8, **places) as session:  # the store is free again
+        assert session.generate("hello", max_new_tokens=2)
+
+
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 
@@ -160,9 +179,7 @@ def test_a_missing_token_is_asked_for(fleet: Fleet, monkeypatch: pytest.MonkeyPa
         DeviceSession(fleet.service("llama").url)
 
 
-def test_the_local_token_is_not_shown_to_other_hosts(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_local_token_is_not_shown_to_other_hosts(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRIVATELORA_TOKEN", raising=False)
     monkeypatch.setenv("PRIVATELORA_DATA_DIR", str(fleet.data_dir("llama")))
     with refused(AuthenticationError, "needs a token"):
@@ -305,9 +322,7 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("make", "word"), BAD_DATA.values(), ids=list(BAD_DATA))
-def test_bad_data_is_refused(
-    me: DeviceSession, tmp_path: Path, make: Callable[[Path], object], word: str
-) -> None:
+def test_bad_data_is_refused(me: DeviceSession, tmp_path: Path, make: Callable[[Path], object], word: str) -> None:
     data: Any = make(tmp_path)
     for verb in (me.finetune, me.evaluate):
         with refused(DataError, word):
@@ -346,9 +361,7 @@ BAD_RECIPES: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize(("changes", "word"), BAD_RECIPES, ids=lambda value: str(value))
-def test_a_bad_recipe_is_refused_before_anything_moves(
-    me: DeviceSession, changes: dict[str, Any], word: str
-) -> None:
+def test_a_bad_recipe_is_refused_before_anything_moves(me: DeviceSession, changes: dict[str, Any], word: str) -> None:
     before = dict(me.progress)
     with refused(ConfigurationError, word):
         me.finetune(ROWS, **changes)

@@ -143,7 +143,7 @@ def test_an_oversize_message_is_refused_before_it_is_whole(target: Target, bysta
         with bare_session(target) as (raw, _):
             raw.sendall(websocket_head(limit + 1))  # only says that it will be too long
             assert close_code(raw) == 1009
-        for _ in range(20):
+        for _ in range(5):
             with bare_session(target) as (raw, _), suppress(OSError):
                 raw.sendall(websocket(b"\0" * (16 * limit)))
 
@@ -184,6 +184,26 @@ def test_sessions_beyond_the_limit_are_told_when_to_come_back(target: Target, by
         assert "try again" in refused.message
         bystander.assert_untouched()
     wait_for(lambda: can_open(target))  # the others have left
+
+
+def test_a_device_waits_for_room_as_long_as_it_was_told(fleet: Fleet, target: Target, bystander: Bystander) -> None:
+    with ExitStack() as opened:
+        for _ in range(LIMITS["max_sessions"] - 1):
+            opened.enter_context(Wire(target.url, TOKENS["mallory"])).open(target.info)
+        late = {"token": TOKENS["alice"], "rank": 8, "placement": "one-trip"}
+        with (
+            fleet.connect(target.running, retry_s=0.0, **late) as hasty,
+            pytest.raises(AdmissionError, match="try again"),
+        ):
+            hasty.generate("hello", max_new_tokens=2)
+        leaving = threading.Timer(1.0, opened.close)
+        leaving.start()
+        begun = time.monotonic()
+        with fleet.connect(target.running, **late) as patient:
+            assert patient.generate("hello", max_new_tokens=2)
+        assert time.monotonic() - begun >= 5
+        leaving.join()
+    bystander.assert_untouched()
 
 
 def test_connections_without_a_session_are_limited_too(target: Target, bystander: Bystander) -> None:

@@ -45,7 +45,7 @@ def running(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A service takes some five seconds to come back; devices look for it more often than every five seconds."""
-    monkeypatch.setattr("privatelora.device.session.LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr("privatelora.device.replay.LONGEST_WAIT_S", 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def planted(secrets: Secrets) -> dict[str, bytes]:
     m, lora, moment = (
         secrets.tensors[name] for name in ("0.4.m.3.weight.value", "1.4.lora.0.b.gate.value", "1.4.m.2.w1.exp_avg_sq")
     )
-    tokens = max(secrets.tokens, key=len)
+    tokens = secrets.tokens[0]
     return {
         "M in float32": m.numpy().tobytes(),
         "M in bfloat16": m.bfloat16().view(torch.int16).numpy().tobytes(),
@@ -200,7 +200,7 @@ def planted(secrets: Secrets) -> dict[str, bytes]:
         "tokens in int32": np.array(tokens, np.int32).tobytes(),
         "tokens in uint16": np.array(tokens, np.uint16).tobytes(),
         "the question": secrets.texts[0].encode(),
-        "the answer": secrets.texts[-1].encode(),
+        "an answer": max(secrets.texts[-2:], key=len).encode(),
     }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 64
 KEY_BYTES = 8  # of a piece that are looked up first
-DISTINCT_BYTES = 8  # a piece with fewer says nothing: zeros, and floats too small for a half
+DISTINCT_BYTES = 6  # a piece with fewer says nothing: zeros, and floats too small for a half
 
 
 @dataclass
@@ -117,11 +117,11 @@ def tensor_needles(tensors: Mapping[str, Tensor]) -> Iterator[bytes]:
 
 
 def token_needles(sequences: Iterable[Sequence[int]]) -> Iterator[bytes]:
-    """Token ids as arrays of every integer type that could carry them."""
+    """Token ids as arrays of every integer type that could carry them, in pieces of twelve."""
     for sequence in sequences:
         for dtype in (np.int64, np.int32, np.uint16, np.uint8):
-            size = 16 * np.dtype(dtype).itemsize if dtype is not np.int64 else CHUNK_BYTES
-            yield from _chunks(np.array(sequence).astype(dtype).tobytes(), size)
+            ids = np.array(sequence).astype(dtype)
+            yield from _chunks(ids.tobytes(), 12 * ids.itemsize)
 
 
 def text_needles(texts: Iterable[str]) -> Iterator[bytes]:

@@ -65,7 +65,8 @@ class MlpM(LinearM):
         spec, hidden = settings.spec, settings.m_hidden
         self.w1 = nn.Parameter(torch.empty(spec.encoders * spec.rank_down, hidden))
         self.w2 = nn.Parameter(torch.zeros(hidden, len(PROJECTIONS) * spec.rank_up))
-        nn.init.normal_(self.w1, std=1 / math.sqrt(self.w1.shape[0]))
+        bound = 1 / math.sqrt(self.w1.shape[0])  # as nn.Linear does
+        nn.init.uniform_(self.w1, -bound, bound)
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = nn.functional.silu(u.flatten(1) @ self.w1)  # (n, hidden)

@@ -54,7 +54,7 @@ class Service:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         parts = _split_url(self.base_url)
-        on_this_machine = _is_loopback(parts.hostname)
+        on_this_machine = _is_loopback(parts.hostname or "")
         if parts.scheme == "http" and not on_this_machine and not allow_plain:
             raise ConfigurationError(
                 f"{base_url} is a plain connection to another host, which shows your activations and your token to the "
@@ -129,8 +129,8 @@ class Service:
         except httpx.HTTPError as error:
             if untrusted := _untrusted_certificate(error):
                 raise ConnectionLostError(
-                    f"the certificate of {self.base_url} is not trusted ({untrusted.verify_message}); pass ca_file= with "
-                    "the authority that signed it"
+                    f"the certificate of {self.base_url} is not trusted ({untrusted.verify_message}); pass ca_file= "
+                    "with the authority that signed it"
                 ) from None
             raise ConnectionLostError(
                 f"{self.base_url} cannot be reached ({error}); is the service running? Start one with `privatelora up`"

@@ -3,21 +3,20 @@
     me.finetune(data) -> training.local_round -> forward_backward, optim_step      (the verbs, public as well)
     me.generate(text) -> prefill, then a token a pass -> generation.pieces
 
-The passes themselves are `split.SplitModel`'s. A lost connection is met in `_replaying`: the verb reconnects and does
-its pass again from what the device still has, the batch or the token history.
+The passes themselves are `split.SplitModel`'s. Each is run by `replay.Replay`, which meets a lost connection: it
+reconnects and does the pass again from what the device still has, the batch or the token history.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,19 +31,17 @@ from privatelora.device.exchange import RemoteLayers
 from privatelora.device.generation import Sampler, pieces
 from privatelora.device.model import DeviceModel, end_tokens, load_tokenizer
 from privatelora.device.options import Options, resolve
+from privatelora.device.replay import Replay
 from privatelora.device.service import Service
 from privatelora.device.split import LossFn, SplitModel
 from privatelora.device.state import IDENTITY, Identity, adapter_state, restore
 from privatelora.device.store import Seal, Store, read_state, write_state
 from privatelora.device.training import Callback, FinetuneReport, finetune
 from privatelora.protocol import local
-from privatelora.protocol.errors import AdmissionError, ConfigurationError, ConnectionLostError, DataError
+from privatelora.protocol.errors import ConfigurationError, DataError
 from privatelora.protocol.placement import Placement
 
 Prompt = str | Sequence[Mapping[str, str]]
-Result = TypeVar("Result")
-
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # between attempts to reconnect, doubling
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,6 @@ class DeviceSession:
         retry_s: float = 60.0,
     ) -> None:
         options = Options(placement, adapter, rank, m_kind, m_hidden, lora_rank, lora_alpha, seed, wire_dtype)
-        self.retry_s = retry_s
         self.service = Service(
             server, token, allow_plain=allow_plain, ca_file=ca_file, cache_dir=cache_dir, timeout_s=timeout_s
         )
@@ -124,6 +120,7 @@ class DeviceSession:
             self.remote = RemoteLayers(
                 self.service, self.placement, self.settings, self.identity.set_hash, wire, self.model.dtype
             )
+            self.replay = Replay(self.remote, retry_s)
             self.split = SplitModel(self.model, self.remote, self.adapter)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.service)
             self._end_tokens = end_tokens(self.config.hf, self.tokenizer)
@@ -211,7 +208,7 @@ class DeviceSession:
         data = self.examples(local_data)
         total, labelled = 0.0, 0
         for batch in Batch.packed(data.examples, batch_size, self.service.info.limits.max_tokens_per_step):
-            total += self._replaying(partial(self.split.score, batch))
+            total += self.replay.run(partial(self.split.score, batch))
             labelled += len(batch.rows)
         return Evaluation(total / labelled, labelled, len(data.examples))
 
@@ -284,7 +281,7 @@ class DeviceSession:
                 f"a batch of {len(batch.tokens)} tokens is over this service's limit of {limit}; use a smaller "
                 "batch_size"
             )
-        loss, gradients = self._replaying(lambda: self.split.forward_backward(batch, loss_fn or F.cross_entropy))
+        loss, gradients = self.replay.run(lambda: self.split.forward_backward(batch, loss_fn or F.cross_entropy))
         for name, parameter in self.adapter.named_parameters():
             gradient = gradients[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -367,34 +364,10 @@ class DeviceSession:
         decoding = self.split.decode(history)
         try:
             for _ in range(min(max_new_tokens, room)):
-                token = sampler.pick(self._replaying(decoding.next_logits, decoding.restart))
+                token = sampler.pick(self.replay.run(decoding.next_logits, decoding.restart))
                 if token in self._end_tokens:
                     return
                 history.append(token)
                 yield token
         finally:
-            self.remote.release([decoding.sequence])
-
-    def _replaying(self, attempt: Callable[[], Result], restart: Callable[[], None] = lambda: None) -> Result:
-        """Run one pass; after a lost connection reconnect, with backoff, and run it again from its beginning."""
-        wait_s, deadline = FIRST_WAIT_S, None
-        while True:
-            try:
-                return attempt()
-            except (ConnectionLostError, AdmissionError) as error:
-                self.remote.disconnect()
-                restart()
-                now = time.monotonic()
-                deadline = deadline or now + self.retry_s
-                if now >= deadline and isinstance(error, AdmissionError):
-                    raise
-                if now >= deadline:
-                    raise ConnectionLostError(
-                        f"{self.service.base_url} did not come back within {self.retry_s:g} s ({error}); see that it "
-                        "is running, then call again: nothing is lost, and finetune goes on with resume=True"
-                    ) from None
-                time.sleep(min(error.retry_after_s or wait_s, max(0.0, deadline - now)))
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-            except BaseException:
-                self.remote.disconnect()  # the pass is half done: the service must forget it
-                raise
+            self.replay.release([decoding.sequence])

@@ -92,7 +92,7 @@ class Plan:
                 f"a round has no setting {', '.join(sorted(unknown))}; known: {', '.join(cls.__dataclass_fields__)}"
             )
         for name, value in config.items():
-            kind = cls.__dataclass_fields__[name].type
+            kind = str(cls.__dataclass_fields__[name].type)
             if not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "bool"):
                 raise ConfigurationError(f"{name} is {value!r}; it must be of type {kind}")
         plan = cls(**cast(dict[str, Any], dict(config)))

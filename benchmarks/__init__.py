@@ -1,1 +1,8 @@
 """Benchmarks: what this project claims in figures, measured on this machine (`make bench`, `python -m benchmarks`)."""
+
+import os
+
+import torch  # noqa: F401 (before privatelora.device, whose settings for OpenMP would slow transformers' side)
+
+ENVIRONMENT = dict(os.environ)
+"""As the command was started with: what services and other processes get, whatever imports add."""

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks import ENVIRONMENT
 from benchmarks.rows import Unmeasured
 from privatelora.device import DeviceSession
 from privatelora.platform.models import BUNDLED, source_of
@@ -117,7 +118,7 @@ def _service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
     options = ["--port", "0", "--json", "--dtype", dtype, "--data-dir", str(data_dir), "--log-level", "warning"]
     command = [sys.executable, "-m", "privatelora.platform", "backbone", *options]
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()  # one JSON line when it is ready, nothing if it ended

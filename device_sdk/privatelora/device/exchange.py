@@ -9,7 +9,8 @@ after it was lost; what to replay then is the caller's to know (`session.py` kee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,7 +133,7 @@ class RemoteLayers:
         shape = self.service.info.model.shape
         self.expected += forward_traffic(shape, self.placement, self.spec, n, n_out, self.wire_dtype)
         self._send(begin, h)
-        with torch.set_grad_enabled(phase is Phase.TRAIN):
+        with torch.set_grad_enabled(phase is Phase.TRAIN), one_thread():
             for layer in self.placement.inline:
                 u = self._receive(Kind.ENCODED, phase, layer, self.spec.encoded_shape(n))
                 if phase is Phase.TRAIN:
@@ -149,15 +150,9 @@ class RemoteLayers:
         self.expected += backward_traffic(shape, self.placement, self.spec, trace.n, trace.n_out, self.wire_dtype)
         self._send(self._frame(Kind.GRAD_HIDDEN, Phase.BACKWARD), grad)
         gradients: dict[str, Tensor] = {}
-        for layer in reversed(self.placement.inline):
-            u, v = trace.exchanged.pop(layer)
-            dv = self._receive(Kind.GRAD_DELTA, Phase.BACKWARD, layer, self.spec.delta_shape(trace.n)).float()
-            named = {f"m.{layer}.{name}": p for name, p in adapter.m[str(layer)].named_parameters()}
-            leaves = [*named.values(), u] if u.requires_grad else [*named.values()]
-            found = torch.autograd.grad(v, leaves, dv)
-            if u.requires_grad:
-                self._send(self._frame(Kind.GRAD_ENCODED, Phase.BACKWARD, layer), found[-1])
-            gradients |= dict(zip(named, found, strict=False))
+        with one_thread():
+            for layer in reversed(self.placement.inline):
+                gradients |= self._back_through(layer, trace, adapter)
         if not self.placement.trains_first:
             return None, gradients
         return self._receive(Kind.GRAD_HIDDEN, Phase.BACKWARD, NO_LAYER, (trace.n, grad.shape[1])), gradients
@@ -166,6 +161,17 @@ class RemoteLayers:
         """A number for a KV cache that was not used before."""
         self._sequence += 1
         return self._sequence
+
+    def _back_through(self, layer: int, trace: Trace, adapter: Adapter) -> dict[str, Tensor]:
+        """M's gradients at one inline layer; answers dL/dv with dL/du where that is needed."""
+        u, v = trace.exchanged.pop(layer)
+        dv = self._receive(Kind.GRAD_DELTA, Phase.BACKWARD, layer, self.spec.delta_shape(trace.n)).float()
+        named = {f"m.{layer}.{name}": p for name, p in adapter.m[str(layer)].named_parameters()}
+        leaves = [*named.values(), u] if u.requires_grad else [*named.values()]
+        found = torch.autograd.grad(v, leaves, dv)
+        if u.requires_grad:
+            self._send(self._frame(Kind.GRAD_ENCODED, Phase.BACKWARD, layer), found[-1])
+        return dict(zip(named, found, strict=False))
 
     def release(self, sequences: Sequence[int]) -> None:
         """Let the service drop the KV caches of sequences that are done."""
@@ -197,6 +203,20 @@ class RemoteLayers:
         if came != due:
             raise ProtocolError(f"the service sent {came} where {due} is due; install the same release on both")
         return to_tensor(frame.array(), self.wire_dtype, self.dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run M on one thread between exchanges: torch's others would spin on cores that a service on this machine needs.
+
+    Training over loopback on two cores went from 380 to 470 to 550 tokens/s with it.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _selection(rows: Tensor, spans: Sequence[Span]) -> tuple[Selection, np.ndarray[tuple[int], np.dtype[np.uint32]]]:

@@ -88,7 +88,7 @@ def measure(names: Sequence[str], bench: Workbench, repeats: int = REPEATS) -> I
         try:
             bench.say(f"{WIRE}: {repeats} rounds")
             yield _wire(bench, repeats)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001 (as above)
             yield unmeasured(WIRE, TARGETS[WIRE], error)
 
 

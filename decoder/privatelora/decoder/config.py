@@ -230,7 +230,7 @@ def build_hf_config(hf_config: PretrainedConfig | Mapping[str, Any]) -> Pretrain
 def _check_fields(hf: PretrainedConfig) -> None:
     """Refuse every field that is neither read, nor neutral, nor irrelevant, nor at its family's default."""
     read = _READ | _READ_BY_FAMILY[hf.model_type]
-    defaults: dict[str, Any] = type(hf).default_config_fields()  # type: ignore[no-untyped-call]
+    defaults: dict[str, Any] = type(hf).default_config_fields()  # type: ignore[no-untyped-call]  # transformers leaves it bare
     for name, value in hf.to_dict().items():
         if name in read or name in _IRRELEVANT:
             continue

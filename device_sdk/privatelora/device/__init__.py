@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # A device waits for the service most of the time. torch's idle threads would spin meanwhile, on cores that a service
-# on this machine needs: 290 against 120 tokens/s trained on two busy cores. OpenMP reads this as torch is imported.
+# on this machine needs (290 against 120 tokens/s trained, once, on two busy cores). Read as torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

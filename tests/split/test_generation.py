@@ -100,7 +100,7 @@ def run_together(
     )
     h, _ = me.remote.forward(h, spans, Phase.GENERATE, me.adapter, lasts)
     rows = lasts if me.placement.last else None  # without last layers only these rows come back
-    logits = me.model.leave(h, me.model.ragged(lengths, done, last), me.adapter, rows)
+    logits = me.model.logits(me.model.leave(h, me.model.ragged(lengths, done, last), me.adapter, rows))
     done[:] = [len(history) for history in histories]
     return logits
 

@@ -1,6 +1,6 @@
 """Numbers do not depend on which published set is the newest: a device's M keeps the set that it was made for.
 
-The newest set lies fused with the model's weights, older ones do not; both are held against transformers' own model.
+The newest set, an older one and one of another kind are held against transformers' own model.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,10 +33,7 @@ RANDOM_SEED = 2311  # any; the set's hash is what names it
 
 @dataclass
 class Backbone:
-    """One frozen model and its published sets.
-
-    `primary` is the set whose A rows lie under q|k|v in one matrix, so that its sessions need one matmul a layer.
-    """
+    """One frozen model and its published sets."""
 
     parts: ModelParts
     layers: Mapping[int, LayerWeights]
@@ -44,8 +41,6 @@ class Backbone:
     sets: SetStore
     default_sets: dict[str, str]
     device: torch.device
-    primary: str
-    _fused: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     _cut: dict[tuple[str, AdapterSpec], dict[int, InlineWeights]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -66,12 +61,7 @@ class Backbone:
         }
         sets = SetStore(data_dir / "sets")
         default_sets = _default_sets(parts, layers, sets, progress)
-        backbone = cls(
-            parts, layers, RotaryTables(parts.config, dtype=dtype, device=target), sets, default_sets, target,
-            default_sets["calibrated"],
-        )  # fmt: skip
-        backbone._fuse()
-        return backbone
+        return cls(parts, layers, RotaryTables(parts.config, dtype=dtype, device=target), sets, default_sets, target)
 
     @property
     def config(self) -> ModelConfig:
@@ -130,28 +120,8 @@ class Backbone:
             a = layer.a[:, : spec.rank_down].transpose(0, 1).reshape(-1, self.config.hidden_size)  # (r*E, d)
             blocks = [layer.b[name][: spec.rank_up].T for name in PROJECTIONS]
             b: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # (q+k+v, 3*r)
-            weights = InlineWeights(a.to(self.device, self.dtype), b.to(self.device, self.dtype), spec.encoders)
-            if set_hash == self.primary:
-                stack, bias = self._fused[l]
-                rows = self.config.qkv_size + a.shape[0]
-                fused_bias = None if bias is None else bias[:rows]
-                weights = replace(
-                    weights, a=stack[self.config.qkv_size : rows], fused=stack[:rows], fused_bias=fused_bias
-                )
-            cut[l] = weights
+            cut[l] = InlineWeights(a.to(self.device, self.dtype), b.to(self.device, self.dtype), spec.encoders)
         return cut
-
-    def _fuse(self) -> None:
-        """Stack the primary set's A under each layer's q|k|v, and make the layer's own rows a view of that."""
-        layers: dict[int, LayerWeights] = {}
-        for l, made in load_set(self.sets.path(self.primary), range(self.config.num_layers)).items():
-            layer = self.layers[l]
-            a = made.a.transpose(0, 1).reshape(-1, self.config.hidden_size).to(self.device, self.dtype)
-            stack = torch.cat((layer.qkv, a))
-            bias = None if layer.qkv_bias is None else torch.cat((layer.qkv_bias, a.new_zeros(a.shape[0])))
-            self._fused[l] = stack, bias
-            layers[l] = replace(layer, qkv=stack[: self.config.qkv_size])
-        self.layers = layers
 
 
 def model_shape(config: ModelConfig) -> ModelShape:

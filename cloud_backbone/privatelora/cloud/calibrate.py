@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from privatelora.cloud.sets import SetLayer
 from privatelora.decoder.config import ModelConfig
-from privatelora.decoder.layer import enter, finish, rms_norm
+from privatelora.decoder.layer import finish, normed, project, rms_norm
 from privatelora.decoder.ragged import Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights
@@ -87,10 +87,11 @@ def _gradients(
     xs, projected = [], []
     with torch.enable_grad():
         for l, layer in layers.items():
-            qkv, _ = enter(config, layer, h)
+            x = normed(config, layer, h)
+            qkv = project(layer, x)
             if not qkv.requires_grad:  # the first layer: nothing below it is trained
                 qkv.requires_grad_()
-            xs.append(rms_norm(h.detach(), layer.input_norm, config.norm_eps))
+            xs.append(x.detach())
             projected.append(qkv)
             h = finish(config, l, layer, h, qkv, ragged)
         logits = F.linear(rms_norm(h, norm, config.norm_eps), head)

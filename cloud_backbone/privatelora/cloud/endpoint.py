@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from fastapi.responses import FileResponse
 
 from privatelora.cloud.admission import Admission, Principal, Quota, Unmetered
 from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.engine import Engine
+from privatelora.cloud.engine import Engine, Waker
 from privatelora.cloud.guards import HANDSHAKE_TIMEOUT_S, GuardedHttp, GuardedWebSocket
 from privatelora.cloud.session import Session, Work
 from privatelora.protocol.errors import (
@@ -81,6 +82,7 @@ class DataPlaneSettings:
     max_streams: int = 16
     idle_timeout_s: float = 600.0
     torch_threads: int | None = None
+    busy_poll_ms: float = 1.0
 
 
 @dataclass
@@ -97,6 +99,7 @@ class DataPlane:
     def __post_init__(self) -> None:
         self.limits = message_limits(self.backbone, self.settings)
         self.engine = Engine(self.settings.torch_threads)
+        self.waker = Waker(self.settings.busy_poll_ms / 1e3)
 
     @property
     def info(self) -> ServiceInfo:
@@ -205,6 +208,8 @@ class Connection:
         self.plane, self.websocket, self.owner = plane, websocket, owner
         self.session: Session | None = None
         self._working: set[asyncio.Task[None]] = set()
+        self._answered_at = 0.0  # time.perf_counter of the last short unit's end
+        self._prompt = False  # whether the device answered it within the waker's window
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
@@ -230,6 +235,7 @@ class Connection:
         while (frame := await self._receive(self.plane.settings.idle_timeout_s)) is not None:
             if frame.kind is Kind.CLOSE:
                 return
+            self._prompt = time.perf_counter() - self._answered_at < self.plane.waker.window_s
             self.plane.quota.spend(self.owner, frame.payload_bytes, 0)
             work = session.accept(frame)
             if work is None:
@@ -243,10 +249,24 @@ class Connection:
                 await self._room()
 
     async def _answer(self, work: Work) -> None:
-        frame = await self.plane.engine.run(work.run, work.rows)
-        if frame is not None:
-            self.plane.quota.spend(self.owner, 0, frame.payload_bytes)
+        engine = self.plane.engine
+        frame = await engine.run(work.run, work.rows)
+        if frame is None:
+            return
+        self.plane.quota.spend(self.owner, 0, frame.payload_bytes)
+        if engine.is_short(work.rows):
             await self._send(frame)
+            await asyncio.sleep(0)  # what was sent is written when the loop turns
+            work.ahead()
+            if self._prompt and not engine.busy:
+                self.plane.waker.expect()
+            self._answered_at = time.perf_counter()
+        else:
+            ahead = asyncio.create_task(engine.run(work.ahead, work.rows))
+            try:
+                await self._send(frame)
+            finally:
+                await ahead
 
     async def _room(self) -> None:
         """Wait while as many answers are under way as there may be streams: who does not take them is not read."""

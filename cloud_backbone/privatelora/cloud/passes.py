@@ -2,6 +2,7 @@
 
     start(h)        -> Encoded(layer, u) at each inline layer, in turn answered by resume(v), then Finished(h)
     back(dh)        -> GradDelta(layer, dv), answered by back_resume(du), then GradInput(dh_first) or Done
+    ahead()         what needs no answer, while one is on its way: q, k and v at a cut, and their gradient's way back
 
 This is the mathematics of DESIGN section 2 without sockets or threads: every method is one unit of work ("v has arrived
 for layer l") that an engine may run whenever it likes. In training each stretch between two cuts is an autograd graph
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from privatelora.decoder.config import ModelConfig
-from privatelora.decoder.layer import InlineWeights, add_delta, enter, finish
+from privatelora.decoder.layer import InlineWeights, add_delta, encode, finish, normed, project
 from privatelora.decoder.ragged import Ragged
 from privatelora.decoder.weights import LayerWeights
 from privatelora.protocol.placement import Placement
@@ -66,6 +67,26 @@ class Stretch:
     outputs: tuple[Tensor, ...]
 
 
+@dataclass
+class Cut:
+    """Where a pass waits for v: an inline layer, its h and x (n, d), and qkv (n, q+k+v) once it was computed."""
+
+    layer: int
+    h: Tensor
+    x: Tensor
+    qkv: Tensor | None = None
+
+
+@dataclass
+class BackCut:
+    """Where a pass waits for dL/du: an inline layer, dL/dh, dL/dqkv, and what of dL/dx follows from these."""
+
+    layer: int
+    dh: Tensor
+    dqkv: Tensor
+    dx: Tensor | None = None
+
+
 class SplitPass:
     """State of one batch between two units of work.
 
@@ -89,10 +110,9 @@ class SplitPass:
     ) -> None:
         self.config, self.layers, self.placement, self.inline = config, layers, placement, inline
         self.ragged, self.rows, self.keep = ragged, rows, keep
-        self._cut: tuple[int, Tensor, Tensor] | None = None  # inline layer, its h (n, d) and its qkv
+        self._cut: Cut | BackCut | None = None
         self._leaves: tuple[Tensor, ...] = ()
         self._stretches: list[Stretch] = []
-        self._grads: tuple[Tensor, ...] = ()  # of the h and qkv at the cut that the backward pass has reached
 
     def start(self, h: Tensor) -> Outcome:
         """Run from h_first (n, d) to the first cut."""
@@ -100,17 +120,27 @@ class SplitPass:
         with self._mode(grad=bool(self._leaves)):
             return self._run(h, self.placement.first)
 
+    def ahead(self) -> None:
+        """Compute what the answer that is due does not change; without this call the answer's unit does it."""
+        cut = self._cut
+        with self._mode(grad=False):
+            if isinstance(cut, Cut) and cut.qkv is None:
+                cut.qkv = project(self.layers[cut.layer], cut.x.detach())
+            elif isinstance(cut, BackCut) and cut.dx is None:
+                cut.dx = cut.dqkv @ self.layers[cut.layer].qkv  # (n, d)
+
     def resume(self, v: Tensor) -> Outcome:
         """Take v (n, 3, r_up) at the cut and run to the next one."""
-        assert self._cut is not None
-        layer, h, qkv = self._cut
+        self.ahead()
+        assert isinstance(self._cut, Cut) and self._cut.qkv is not None
+        layer, h, qkv = self._cut.layer, self._cut.h, self._cut.qkv
         if self.keep:
             v = v.requires_grad_()
             trained_below = self.placement.trains_first or layer != self.placement.inline[0]
-            h, qkv = h.detach().requires_grad_(trained_below), qkv.detach().requires_grad_(trained_below)
+            h, qkv = h.detach().requires_grad_(trained_below), qkv.requires_grad_(trained_below)
             self._leaves = (v, h, qkv) if trained_below else (v,)
         with self._mode(grad=self.keep):
-            qkv = add_delta(qkv, v, self.inline[layer])
+            qkv = add_delta(self.config, qkv, v, self.inline[layer])
             h = finish(self.config, layer, self.layers[layer], h, qkv, self.ragged)
             return self._run(h, layer + 1)
 
@@ -123,18 +153,22 @@ class SplitPass:
 
     def back_resume(self, du: Tensor) -> Outcome:
         """Take dL/du (n, E, r_down) at the cut and walk back to the next one."""
-        return self._back((*self._grads, du))
+        self.ahead()
+        assert isinstance(self._cut, BackCut) and self._cut.dx is not None
+        du = du.transpose(1, 2).reshape(self.ragged.n, -1)  # (n, r_down * E)
+        dx = torch.addmm(self._cut.dx, du, self.inline[self._cut.layer].a)
+        return self._back((self._cut.dh, dx))
 
     def _run(self, h: Tensor, layer: int) -> Outcome:
         end = self.placement.cloud_layers(self.config.num_layers).stop
         while layer < end:
+            x = normed(self.config, self.layers[layer], h)
             inline = self.inline.get(layer)
-            qkv, u = enter(self.config, self.layers[layer], h, inline)
-            if u is not None:
-                self._keep_stretch(h, qkv, u)
-                self._cut = layer, h, qkv
-                return Encoded(layer, u)
-            h = finish(self.config, layer, self.layers[layer], h, qkv, self.ragged)
+            if inline is not None:
+                self._keep_stretch(h, x)
+                self._cut = Cut(layer, h, x)
+                return Encoded(layer, encode(x.detach(), inline))
+            h = finish(self.config, layer, self.layers[layer], h, project(self.layers[layer], x), self.ragged)
             layer += 1
         self._keep_stretch(h)
         self._cut = None
@@ -153,9 +187,9 @@ class SplitPass:
         if not self._stretches:  # the lowest stretch: its one leaf is h_first
             return GradInput(found[0])
         layer = self.placement.inline[len(self._stretches) - 1]
-        dv, self._grads = found[0], found[1:]
-        awaits_u = len(self._stretches) > 1 or self.placement.trains_first
-        return GradDelta(layer, dv, awaits_u)
+        awaits_u = len(found) > 1  # something below it is trained
+        self._cut = BackCut(layer, *found[1:]) if awaits_u else None
+        return GradDelta(layer, found[0], awaits_u)
 
     def _mode(self, grad: bool) -> AbstractContextManager[object]:
         if grad:

@@ -29,10 +29,14 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class Work:
-    """A unit of work over `rows` rows; `run` gives the frame that it leads to."""
+    """A unit of work over `rows` rows: `run` gives the frame that it leads to.
+
+    `ahead`, which may run once that frame is on its way, computes what the device's answer does not change.
+    """
 
     rows: int
     run: Callable[[], Frame | None]
+    ahead: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Session:
             Kind.GRAD_HIDDEN: active.split.back,
             Kind.GRAD_ENCODED: active.split.back_resume,
         }[frame.kind]
-        return Work(active.split.ragged.n, lambda: self._reply(key, active, lambda: advance(tensor)))
+        return self._work(key, active, lambda: advance(tensor))
 
     def _begin(self, key: Key, frame: Frame) -> Work:
         """Start a pass with h_first; checks spans, selection and limits."""
@@ -177,7 +181,14 @@ class Session:
             config, self.backbone.layers, self.placement, self.inline, ragged, rows, keep=frame.phase is Phase.TRAIN
         )
         active = self.passes[key] = ActivePass(split, frame.phase, sequences)
-        return Work(n, lambda: self._reply(key, active, lambda: split.start(h)))
+        return self._work(key, active, lambda: split.start(h))
+
+    def _work(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Work:
+        def ahead() -> None:
+            if not self.closed:
+                active.split.ahead()
+
+        return Work(active.split.ragged.n, lambda: self._reply(key, active, advance), ahead)
 
     def _reply(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Frame | None:
         """Run one unit of work (on the compute thread) and write the frame that it leads to."""

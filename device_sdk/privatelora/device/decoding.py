@@ -46,11 +46,11 @@ class Decoding:
             h = model.enter(fresh, self._ragged(span, self.first), self.adapter)
             h, _ = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
             rows = torch.tensor([h.shape[0] - 1])
-            logits = model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
+            x = model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
             self.done += len(fresh)
             self.session = self.remote.session
             if self.done == len(self.history):
-                return logits[0]
+                return model.logits(x)[0]
 
     def _ragged(self, span: Span, cache: KVCache) -> Ragged:
         return self.model.ragged([span.length], [span.start], [cache])

@@ -61,11 +61,15 @@ class DeviceModel:
         return self._run(self.first, h, ragged, adapter)
 
     def leave(self, h: Tensor, ragged: Ragged, adapter: Adapter, rows: Tensor | None = None) -> Tensor:
-        """h_{L-last} (n, d) to float32 logits (n_o, vocab) of `rows`, or of all that came."""
+        """h_{L-last} (n, d) to what the LM head takes, (n_o, d), of `rows` or of all that came."""
         h = self._run(self.last, h, ragged, adapter)
         if rows is not None:
             h = h[rows]
-        return F.linear(rms_norm(h, self.norm, self.config.norm_eps), self.head).float()
+        return rms_norm(h, self.norm, self.config.norm_eps)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (n_o, d) from `leave` to float32 logits (n_o, vocab)."""
+        return F.linear(x, self.head).float()
 
     def _run(self, layers: range, h: Tensor, ragged: Ragged, adapter: Adapter) -> Tensor:
         for l in layers:

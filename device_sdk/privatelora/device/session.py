@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from flwr.common import RecordDict
 from transformers import PreTrainedTokenizerBase
 
@@ -281,7 +280,7 @@ class DeviceSession:
                 f"a batch of {len(batch.tokens)} tokens is over this service's limit of {limit}; use a smaller "
                 "batch_size"
             )
-        loss, gradients = self.replay.run(lambda: self.split.forward_backward(batch, loss_fn or F.cross_entropy))
+        loss, gradients = self.replay.run(lambda: self.split.forward_backward(batch, loss_fn))
         for name, parameter in self.adapter.named_parameters():
             gradient = gradients[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

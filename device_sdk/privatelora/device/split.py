@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from privatelora.device.adapters import Adapter
 from privatelora.device.batch import Batch
 from privatelora.device.decoding import Decoding
 from privatelora.device.exchange import RemoteLayers, Trace
+from privatelora.device.losses import HeadCrossEntropy
 from privatelora.device.model import DeviceModel
 from privatelora.protocol.errors import ConfigurationError
 from privatelora.protocol.frames import Phase
@@ -35,6 +35,7 @@ class SplitModel:
     def __init__(self, model: DeviceModel, remote: RemoteLayers, adapter: Adapter) -> None:
         self.model, self.remote, self.adapter = model, remote, adapter
         self.placement = model.placement
+        self.cross_entropy = HeadCrossEntropy(model.head)
         self._hidden: dict[bytes, Tensor] = {}
         self._hidden_bytes = 0
 
@@ -42,16 +43,22 @@ class SplitModel:
         """Cached decoding after `history`, which the caller appends to."""
         return Decoding(self.model, self.remote, self.adapter, history)
 
-    def forward_backward(self, batch: Batch, loss_fn: LossFn) -> tuple[float, dict[str, Tensor]]:
-        """Loss of a batch, and the gradient of every parameter of the adapter by name; nothing is changed."""
+    def forward_backward(self, batch: Batch, loss_fn: LossFn | None = None) -> tuple[float, dict[str, Tensor]]:
+        """Loss of a batch, and the gradient of every parameter of the adapter by name; nothing is changed.
+
+        `loss_fn` is mean cross-entropy unless the owner has one of their own.
+        """
         ragged = self.model.ragged(batch.lengths)
         with torch.set_grad_enabled(self.placement.trains_first):
             h_first = self.model.enter(batch.tokens, ragged, self.adapter)  # (n, d)
         h, trace = self._far(h_first.detach(), batch)
         h.requires_grad_(self.placement.sends_gradient)
         with torch.enable_grad():
-            logits = self.model.leave(h, ragged, self.adapter, batch.rows if self.placement.last else None)
-            loss = loss_fn(logits, batch.labels)
+            x = self.model.leave(h, ragged, self.adapter, batch.rows if self.placement.last else None)  # (n_o, d)
+            if loss_fn is None:
+                loss = self.cross_entropy.mean(x, batch.labels)
+            else:
+                loss = loss_fn(self.model.logits(x), batch.labels)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
             raise ConfigurationError("loss_fn must return a scalar tensor that depends on the logits")
         own = dict(self.adapter.named_parameters())
@@ -89,8 +96,8 @@ class SplitModel:
         ragged = self.model.ragged(batch.lengths)
         h_first = self.model.enter(batch.tokens, ragged, self.adapter)
         h, _ = self.remote.forward(h_first, batch.spans(), Phase.SCORE, self.adapter, batch.rows)
-        logits = self.model.leave(h, ragged, self.adapter, batch.rows if self.placement.last else None)
-        return float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+        x = self.model.leave(h, ragged, self.adapter, batch.rows if self.placement.last else None)
+        return self.cross_entropy.total(x, batch.labels)
 
 
 def _lora_layer(parameter: str) -> int:

@@ -123,6 +123,10 @@ def backbone(
     idle_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds of silence that end a session.", rich_help_panel=SESSION_PANEL)
     ] = None,
+    busy_poll_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds to stay awake for a device that is fast.", rich_help_panel=SESSION_PANEL),
+    ] = None,
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error.", rich_help_panel=OUTPUT_PANEL)
     ] = None,
@@ -148,6 +152,7 @@ def backbone(
             "default_placement": default_placement,
             "max_sessions": max_sessions,
             "idle_timeout_s": idle_timeout_s,
+            "busy_poll_ms": busy_poll_ms,
             "log_level": log_level,
             "log_format": log_format,
         },

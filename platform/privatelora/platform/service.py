@@ -152,4 +152,5 @@ def _data_plane_settings(settings: Settings, depth: int) -> DataPlaneSettings:
         max_sessions=settings.max_sessions,
         idle_timeout_s=settings.idle_timeout_s,
         torch_threads=settings.torch_threads,
+        busy_poll_ms=settings.busy_poll_ms,
     )

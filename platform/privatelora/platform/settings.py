@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     max_sessions: int = Field(default=64, ge=1, description="sessions at one time")
     idle_timeout_s: float = Field(default=600.0, gt=0, description="seconds of silence after which a session ends")
     torch_threads: int | None = Field(default=None, ge=1, description="threads of one matmul; unset is torch's choice")
+    busy_poll_ms: float = Field(
+        default=1.0, ge=0, le=100, description="milliseconds to stay awake for a device that answers within them"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["console", "json"] = Field(default="console", description="how log lines are written")
 

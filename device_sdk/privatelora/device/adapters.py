@@ -57,6 +57,11 @@ class LinearM(nn.Module):
         return v.transpose(0, 1).reshape(u.shape[0], len(PROJECTIONS), -1)
 
 
+W1_STD = 0.02
+"""Of the initial W1, a normal distribution. Larger, and each step of the optimizer moves v further: with nn.Linear's
+uniform one (0.07), `gsm8k_mlp_r64` had a share of 0.955 of LoRA's gain, with this one 0.995, one run each."""
+
+
 class MlpM(LinearM):
     """v = M(u) + W2 silu(u W1): better at the same bytes; zero at the start, through W2."""
 
@@ -65,8 +70,7 @@ class MlpM(LinearM):
         spec, hidden = settings.spec, settings.m_hidden
         self.w1 = nn.Parameter(torch.empty(spec.encoders * spec.rank_down, hidden))
         self.w2 = nn.Parameter(torch.zeros(hidden, len(PROJECTIONS) * spec.rank_up))
-        bound = 1 / math.sqrt(self.w1.shape[0])  # as nn.Linear does
-        nn.init.uniform_(self.w1, -bound, bound)
+        nn.init.normal_(self.w1, std=W1_STD)
 
     def forward(self, u: Tensor) -> Tensor:
         hidden = nn.functional.silu(u.flatten(1) @ self.w1)  # (n, hidden)

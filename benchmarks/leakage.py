@@ -28,7 +28,8 @@ from benchmarks.quality import DATA
 from benchmarks.rows import OUTPUT, Row, Target, show, unmeasured, write
 from benchmarks.speed import public_text
 from benchmarks.workbench import Workbench
-from privatelora.decoder.layer import rms_norm, run_layer
+from privatelora.decoder.functions import rms_norm
+from privatelora.decoder.layer import run_layer
 from privatelora.decoder.tensors import to_tensor
 from privatelora.device import DeviceSession, exchange
 from privatelora.device.data import IGNORE, Dataset

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from privatelora.cloud.sets import SetLayer
 from privatelora.decoder.config import ModelConfig
-from privatelora.decoder.layer import finish, normed, project, rms_norm
+from privatelora.decoder.functions import rms_norm
+from privatelora.decoder.layer import finish, normed, project
 from privatelora.decoder.ragged import Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -64,6 +65,15 @@ class Block:
     mask: Tensor | None  # (group * rows, keys) added to the scores; None: every key is visible
 
 
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring sequences of the same length that are scored together: `count` from number `first` on."""
+
+    first: int
+    count: int
+    length: int
+
+
 class Ragged:
     """Which rows of a batch belong to which sequence, and where each sequence stands.
 
@@ -86,7 +96,10 @@ class Ragged:
         self.lengths = tuple(lengths)
         self.starts = tuple(starts) if starts is not None else (0,) * len(self.lengths)
         self.caches = tuple(caches) if caches is not None else None
-        self.cos, self.sin = tables.rows(self.positions())  # (n, head_dim)
+        self.cos, sin = tables.rows(self.positions())  # (n, head_dim)
+        left, right = sin.chunk(2, dim=-1)
+        self.signed_sin = torch.cat((-left, right), dim=-1)  # as `functions.rotate` takes it
+        self.groups = self._groups()
         self._blocks: dict[tuple[int, int | None], list[Block]] = {}
 
     @property
@@ -102,6 +115,16 @@ class Ragged:
     def last_rows(self) -> Tensor:
         """Row of each sequence's last token."""
         return torch.tensor(self.lengths).cumsum(0) - 1
+
+    def _groups(self) -> list[Group]:
+        """Sequences with a cache stand alone: their keys lie apart."""
+        if self.caches is not None:
+            return [Group(sequence, 1, length) for sequence, length in enumerate(self.lengths)]
+        groups: list[Group] = []
+        for _, same in groupby(range(len(self.lengths)), key=lambda s: (self.lengths[s], self.starts[s])):
+            first, *others = same
+            groups.append(Group(first, 1 + len(others), self.lengths[first]))
+        return groups
 
     def blocks(self, sequence: int, window: int | None) -> list[Block]:
         """How sequence number `sequence` is scored under a sliding window; made once for all layers."""

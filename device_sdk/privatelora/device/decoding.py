@@ -6,6 +6,8 @@ those of the service's layers there, under this sequence's number.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from privatelora.decoder.ragged import KVCache, Ragged
 from privatelora.device.adapters import Adapter
 from privatelora.device.exchange import RemoteLayers, Span
 from privatelora.device.model import DeviceModel
+from privatelora.device.threads import one_thread
 from privatelora.protocol.frames import Phase
 
 
@@ -38,19 +41,24 @@ class Decoding:
         """Logits (vocab,) that follow the history; runs what of it no cache holds yet."""
         if self.done and self.session != self.remote.session:  # it ended meanwhile, and the service's cache with it
             self.restart()
-        model = self.model
         step = self.remote.service.info.limits.max_tokens_per_step
         while True:
             fresh = torch.tensor(self.history[self.done : self.done + step])
-            span = Span(self.sequence, self.done, len(fresh))
-            h = model.enter(fresh, self._ragged(span, self.first), self.adapter)
-            h, _ = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
-            rows = torch.tensor([h.shape[0] - 1])
-            x = model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
+            with one_thread() if len(fresh) == 1 else nullcontext():
+                x = self._run(fresh)
             self.done += len(fresh)
             self.session = self.remote.session
             if self.done == len(self.history):
-                return model.logits(x)[0]
+                with one_thread():
+                    return self.model.logits(x)[0]
+
+    def _run(self, fresh: Tensor) -> Tensor:
+        """Run new tokens (n,) through every layer: what the LM head takes of the last, (1, d)."""
+        model, span = self.model, Span(self.sequence, self.done, len(fresh))
+        h = model.enter(fresh, self._ragged(span, self.first), self.adapter)
+        h, _ = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
+        rows = torch.tensor([h.shape[0] - 1])
+        return model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
 
     def _ragged(self, span: Span, cache: KVCache) -> Ragged:
         return self.model.ragged([span.length], [span.start], [cache])

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from privatelora.decoder.config import ModelConfig, load_config
-from privatelora.decoder.layer import rms_norm, run_layer
+from privatelora.decoder.functions import rms_norm
+from privatelora.decoder.layer import run_layer
 from privatelora.decoder.ragged import KVCache, Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights, load_embedding, load_final, load_layer

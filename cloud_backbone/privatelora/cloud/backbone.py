@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from privatelora.cloud.calibrate import calibrated_set
@@ -118,8 +117,7 @@ class Backbone:
         cut = {}
         for l, layer in load_set(path, range(self.config.num_layers)).items():
             a = layer.a[:, : spec.rank_down].transpose(0, 1).reshape(-1, self.config.hidden_size)  # (r*E, d)
-            blocks = [layer.b[name][: spec.rank_up].T for name in PROJECTIONS]
-            b: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]  # (q+k+v, 3*r)
+            b = torch.cat([layer.b[name][: spec.rank_up].T for name in PROJECTIONS])  # (q+k+v, r)
             cut[l] = InlineWeights(a.to(self.device, self.dtype), b.to(self.device, self.dtype), spec.encoders)
         return cut
 

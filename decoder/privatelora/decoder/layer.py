@@ -29,8 +29,8 @@ Lora = Mapping[str, tuple[Tensor, Tensor]]
 
 
 ONE_MATMUL_ROWS = 16
-"""Rows up to which three deltas are one matmul with the block-diagonal B: 45 us against 56 to 68 for three of their own
-at one row; at 512 rows the zeros cost 510 us against 250 (bfloat16, r = 64, one thread, medians of 12)."""
+"""Rows up to which every v_p meets all of B in one matmul, of which two thirds are thrown away: 28 us at one row, 65
+for a matmul each; at 32 rows 65 against 78, at 512 several times as much (bfloat16, r = 64, one thread)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InlineWeights:
     """Frozen A and B of one inline layer at one session's ranks.
 
     a : (r_down * E, d), rows ordered by rank and then by encoder, so that a smaller rank is a prefix.
-    b : (q + k + v, 3 * r_up), block-diagonal.
+    b : (q + k + v, r_up), rows of q, k and v.
     """
 
     a: Tensor
@@ -64,13 +64,12 @@ def project(layer: LayerWeights, x: Tensor, lora: Lora | None = None) -> Tensor:
 
 def add_delta(config: ModelConfig, qkv: Tensor, v: Tensor, inline: InlineWeights) -> Tensor:
     """q, k, v += v_p B_p: qkv (n, q+k+v), v (n, 3, r_up)."""
+    sizes = [config.q_size, config.kv_size, config.kv_size]
     if v.shape[0] <= ONE_MATMUL_ROWS:
-        return qkv + F.linear(v.reshape(v.shape[0], -1), inline.b)
-    sizes, rank = [config.q_size, config.kv_size, config.kv_size], v.shape[2]
-    by_projection = torch.split(inline.b, sizes)  # (d_p, 3 * r_up) each
-    blocks = [rows[:, p * rank : (p + 1) * rank] for p, rows in enumerate(by_projection)]  # (d_p, r_up)
-    parts = zip(torch.split(qkv, sizes, dim=-1), v.unbind(1), blocks, strict=True)
-    return torch.cat([torch.addmm(part, v_p, block.T) for part, v_p, block in parts], dim=-1)
+        every = torch.split(F.linear(v.flatten(0, 1), inline.b), sizes, dim=-1)  # (3n, d_p) each
+        return qkv + torch.cat([columns[p::3] for p, columns in enumerate(every)], dim=-1)
+    parts = zip(torch.split(qkv, sizes, dim=-1), v.unbind(1), torch.split(inline.b, sizes), strict=True)
+    return torch.cat([torch.addmm(part, v_p, b_p.T) for part, v_p, b_p in parts], dim=-1)
 
 
 def finish(

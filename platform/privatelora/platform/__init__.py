@@ -3,4 +3,4 @@
 import os
 
 # As in `privatelora.cloud` and `privatelora.device`, here for modules that import torch before either of them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")

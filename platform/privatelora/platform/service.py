@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +59,7 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
     with _stopped_by_signals(), _listening(settings.host, settings.port) as listener:
         token_file = token_path(settings.data_dir)
         admission = TokenAdmission({local_token(token_file): LOCAL_USER})
-        backbone = Backbone.load(
-            source_of(settings.model),
-            settings.data_dir,
-            getattr(torch, settings.dtype),
-            settings.device,
-            progress,
-        )
+        backbone = _loaded(settings, progress)
         depth = backbone.config.num_layers
         plane = DataPlane(backbone, admission, _data_plane_settings(settings, depth))
         tls = (str(settings.certfile), str(settings.keyfile)) if settings.certfile else (None, None)
@@ -78,6 +74,34 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
         )
         with asyncio.Runner(loop_factory=running.config.get_loop_factory()) as runner:
             runner.run(_run(running, listener, lambda: ready(address)))
+
+
+def _loaded(settings: Settings, progress: Callable[[str], None]) -> Backbone:
+    """The backbone, loaded on a thread that ends with it.
+
+    A thread that once used torch's others keeps them for as long as it lives, and OpenMP puts idle threads to sleep at
+    once where it has more of them than there are cores: those of the compute thread must be the only ones.
+    """
+    stopped = threading.Event()
+
+    def tell(text: str) -> None:
+        if stopped.is_set():
+            raise _Stop
+        progress(text)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading") as loader:
+        try:
+            return loader.submit(
+                Backbone.load,
+                source_of(settings.model),
+                settings.data_dir,
+                getattr(torch, settings.dtype),
+                settings.device,
+                tell,
+            ).result()
+        except _Stop:
+            stopped.set()  # which it finds at its next report of progress
+            raise
 
 
 async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:

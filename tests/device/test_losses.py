@@ -39,6 +39,25 @@ def test_blocks_give_autograds_loss_and_gradient(
         assert scored == pytest.approx(rows * float(wanted.detach()), rel=1e-6)
 
 
+def test_an_interrupted_pass_does_not_show_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, labels = problem(5, torch.float32)
+    loss = HeadCrossEntropy(head)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "_log_softmax_backward_data", interrupt)  # a Ctrl-C at the one moment where it matters
+        loss.mean(x.clone().requires_grad_(), labels)
+    other = (labels + 1) % VOCABULARY
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss.mean(ours, other).backward()
+    F.cross_entropy(F.linear(theirs, head), other).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+def interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
 def problem(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Head (vocab, d), hidden states (rows, d) and labels (rows,), some of them likely."""
     generator = torch.Generator().manual_seed(rows)

@@ -49,7 +49,9 @@ KEYS = [
 
 def start(data_dir: Path, output: Path, *options: str) -> subprocess.Popen[str]:
     """The demo as a process; `data_dir` in its environment is what its children are known by."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PRIVATELORA_", "OMP_"))}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PRIVATELORA_", "OMP_", "GOMP_"))
+    }
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "privatelora.platform", "demo", "--output", str(output), *options],
         cwd=REPOSITORY,

@@ -62,8 +62,10 @@ CASES = [
     ),
 ]
 
-LENGTHS = (150, 37, 70, 2)  # past every sliding window (24), every original context (64), a block of queries (128)
-STEP_LENGTHS = (9, 30)
+# Past every sliding window (24), every original context (64) and a block of queries (128); equal neighbours are scored
+# together.
+LENGTHS = (150, 130, 130, 37, 37, 2)
+STEP_LENGTHS = ((9, 30), (20, 20), (5, 7), (3, 3))  # the last two are few rows, as a decoded token is
 STEPS = 20
 # AdamW divides a gradient by its own size, so where one is as small as its rounding error, the value may go either way
 # by the whole learning rate; the rate keeps these few elements below the tolerance.
@@ -76,7 +78,7 @@ def test_split_gradients_equal_monolithic(fleet: Fleet, case: Case) -> None:
         make_random(me)
         vocabulary = me.config.vocab_size
         batch = random_examples(LENGTHS, vocabulary)
-        steps = [random_examples(STEP_LENGTHS, vocabulary, seed=step) for step in range(1, 5)]
+        steps = [random_examples(lengths, vocabulary, seed=step) for step, lengths in enumerate(STEP_LENGTHS, 1)]
         assert_equal_before_and_after_training(fleet, case, me, batch, steps)
 
 

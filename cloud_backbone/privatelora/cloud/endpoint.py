@@ -99,7 +99,7 @@ class DataPlane:
     def __post_init__(self) -> None:
         self.limits = message_limits(self.backbone, self.settings)
         self.engine = Engine(self.settings.torch_threads)
-        self.waker = Waker(self.settings.busy_poll_ms / 1e3)
+        self.waker = Waker(self.settings.busy_poll_ms / 1e3, lambda: self.engine.busy)
 
     @property
     def info(self) -> ServiceInfo:
@@ -254,19 +254,23 @@ class Connection:
         if frame is None:
             return
         self.plane.quota.spend(self.owner, 0, frame.payload_bytes)
-        if engine.is_short(work.rows):
+        if not work.waits():
+            await self._send(frame)
+        elif engine.is_short(work.rows):
             await self._send(frame)
             await asyncio.sleep(0)  # what was sent is written when the loop turns
             work.ahead()
-            if self._prompt and not engine.busy:
+            if self._prompt:
                 self.plane.waker.expect()
             self._answered_at = time.perf_counter()
         else:
             ahead = asyncio.create_task(engine.run(work.ahead, work.rows))
             try:
                 await self._send(frame)
-            finally:
-                await ahead
+            except BaseException:
+                ahead.cancel()
+                raise
+            await ahead
 
     async def _room(self) -> None:
         """Wait while as many answers are under way as there may be streams: who does not take them is not read."""

@@ -71,10 +71,11 @@ class Waker:
     Parameters
     ----------
     window_s : for how long to go without sleep after `expect`; 0 never does. Sessions share one window.
+    busy : whether the cores have other work; then the loop sleeps.
     """
 
-    def __init__(self, window_s: float) -> None:
-        self.window_s = window_s
+    def __init__(self, window_s: float, busy: Callable[[], bool] = lambda: False) -> None:
+        self.window_s, self._busy = window_s, busy
         self._until = 0.0
         self._turning = False
 
@@ -85,6 +86,6 @@ class Waker:
             self._turn()
 
     def _turn(self) -> None:
-        self._turning = time.perf_counter() < self._until
+        self._turning = time.perf_counter() < self._until and not self._busy()
         if self._turning:  # a callback that is due at once lets the loop look at its sockets, but not wait for them
             asyncio.get_running_loop().call_soon(self._turn)

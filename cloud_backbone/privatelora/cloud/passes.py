@@ -1,7 +1,7 @@
 """One ragged batch on its way through the service's layers, cut wherever a device must answer.
 
     start(h)        -> Encoded(layer, u) at each inline layer, in turn answered by resume(v), then Finished(h)
-    back(dh)        -> GradDelta(layer, dv), answered by back_resume(du), then GradInput(dh_first) or Done
+    back(dh)        -> GradDelta(layer, dv), answered by back_resume(du), then GradInput(dh_first)
     ahead()         what needs no answer, while one is on its way: q, k and v at a cut, and their gradient's way back
 
 This is the mathematics of DESIGN section 2 without sockets or threads: every method is one unit of work ("v has arrived
@@ -51,7 +51,7 @@ class GradDelta:
 
 @dataclass(frozen=True)
 class GradInput:
-    """dL/dh_first (n, d): the backward pass is over."""
+    """dL/dh_first (n, d), where first layers are trained: the backward pass is over."""
 
     dh: Tensor
 
@@ -132,8 +132,9 @@ class SplitPass:
     def resume(self, v: Tensor) -> Outcome:
         """Take v (n, 3, r_up) at the cut and run to the next one."""
         self.ahead()
-        assert isinstance(self._cut, Cut) and self._cut.qkv is not None
-        layer, h, qkv = self._cut.layer, self._cut.h, self._cut.qkv
+        cut, self._cut = self._cut, None
+        assert isinstance(cut, Cut) and cut.qkv is not None
+        layer, h, qkv = cut.layer, cut.h, cut.qkv
         if self.keep:
             v = v.requires_grad_()
             trained_below = self.placement.trains_first or layer != self.placement.inline[0]
@@ -148,16 +149,16 @@ class SplitPass:
         """Take dL/dh_{L-last} (n_o, d) and walk back to the highest inline layer, or to the start."""
         if self.rows is not None:
             full = grad.new_zeros((self.ragged.n, grad.shape[1]))
-            grad = full.index_copy_(0, self.rows, grad)  # (n, d)
+            grad = full.index_copy_(0, self.rows.to(grad.device), grad)  # (n, d)
         return self._back((grad,))
 
     def back_resume(self, du: Tensor) -> Outcome:
         """Take dL/du (n, E, r_down) at the cut and walk back to the next one."""
         self.ahead()
-        assert isinstance(self._cut, BackCut) and self._cut.dx is not None
+        cut, self._cut = self._cut, None
+        assert isinstance(cut, BackCut) and cut.dx is not None
         du = du.transpose(1, 2).reshape(self.ragged.n, -1)  # (n, r_down * E)
-        dx = torch.addmm(self._cut.dx, du, self.inline[self._cut.layer].a)
-        return self._back((self._cut.dh, dx))
+        return self._back((cut.dh, torch.addmm(cut.dx, du, self.inline[cut.layer].a)))
 
     def _run(self, h: Tensor, layer: int) -> Outcome:
         end = self.placement.cloud_layers(self.config.num_layers).stop

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,12 +32,14 @@ Key = tuple[int, int]
 class Work:
     """A unit of work over `rows` rows: `run` gives the frame that it leads to.
 
-    `ahead`, which may run once that frame is on its way, computes what the device's answer does not change.
+    If that frame is to be answered (`waits`), `ahead` may run once it is on its way: it computes what the answer does
+    not change.
     """
 
     rows: int
     run: Callable[[], Frame | None]
     ahead: Callable[[], None]
+    waits: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,11 @@ class Session:
             if not self.closed:
                 active.split.ahead()
 
-        return Work(active.split.ragged.n, lambda: self._reply(key, active, advance), ahead)
+        run = partial(self._reply, key, active, advance)
+        return Work(active.split.ragged.n, run, ahead, waits=lambda: active.due is not None)
 
     def _reply(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Frame | None:
-        """Run one unit of work (on the compute thread) and write the frame that it leads to."""
+        """Run one unit of work and write the frame that it leads to."""
         if self.closed:
             return None
         outcome = advance()

@@ -1,7 +1,8 @@
 """Elementwise parts of the layer with a backward pass of their own: RMS norm, rotary embedding, gated SiLU.
 
-Autograd would give the same gradients from its records of every step; these take half of the kernels and keep their
-inputs only. `layer.py` calls them. Weights and tables are frozen, so only the hidden states' gradients are formed.
+Autograd would give the same gradients from its records of every step; these take half of the kernels and keep little
+but their inputs. The layers of both ends call them. Weights and tables are frozen, so only the hidden states' gradients
+are formed. Tried with torch 2.13, whose `silu_backward` is called by name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,6 +56,7 @@ class _RmsNorm(torch.autograd.Function):
         return (x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x * scale  # x / rms(x), float32
@@ -69,6 +72,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, signed_sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, signed_sin = ctx.saved_tensors
         g = grads[0]
@@ -83,6 +87,7 @@ class _GatedSilu(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)

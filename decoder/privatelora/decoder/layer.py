@@ -27,7 +27,6 @@ from privatelora.decoder.weights import LayerWeights
 Lora = Mapping[str, tuple[Tensor, Tensor]]
 """LoRA of one layer: projection name (q, k, v, o, gate, up, down) -> A (r, in), and B (out, r) with the scale in it."""
 
-
 ONE_MATMUL_ROWS = 16
 """Rows up to which every v_p meets all of B in one matmul, of which two thirds are thrown away: 28 us at one row, 65
 for a matmul each; at 32 rows 65 against 78, at 512 several times as much (bfloat16, r = 64, one thread)."""
@@ -81,7 +80,7 @@ def finish(
     ragged: Ragged,
     lora: Lora | None = None,
 ) -> Tensor:
-    """Second half: h (n, d) and qkv (n, q+k+v) to the next layer's h (n, d); `index` is the layer's number."""
+    """The rest of a layer: h (n, d) and qkv (n, q+k+v) to the next layer's h (n, d); `index` is the layer's number."""
     attended = attention(config, index, layer, qkv, ragged)  # (n, H*e)
     h = h + _linear(attended, layer.o, layer.o_bias, lora, "o")
     x = rms_norm(h, layer.post_norm, config.norm_eps)

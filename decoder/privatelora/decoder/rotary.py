@@ -1,8 +1,8 @@
 """Rotary position tables: cosines and sines per position, from transformers' own frequency initialisers.
 
 `RotaryTables` belongs to one model on one torch device; every ragged batch asks it for the rows of its positions, and
-`layer.rotate` applies them. Only rope types with fixed frequencies come here (`config.ROPE_KEYS`), so that a row once
-made, and a key once rotated and cached, stays right however long the sequence grows.
+`functions.rotate` applies them. Only rope types with fixed frequencies come here (`config.ROPE_KEYS`), so that a row
+once made, and a key once rotated and cached, stays right however long the sequence grows.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 BLOCK_BYTES = 24 << 20
 """Of one float32 buffer: 128 rows of 49,152 words. 512 rows forward and backward, bfloat16, beside other work: 215 ms,
@@ -54,9 +55,11 @@ class HeadCrossEntropy:
             nats += F.nll_loss(log_p, wanted, reduction="sum")
             if gradient is None:
                 continue
-            seed.scatter_(1, wanted[:, None], -1 / len(x))  # dL/d log_p, zero elsewhere
-            torch._log_softmax_backward_data(seed, log_p, -1, torch.float32, out=logits)
-            seed.scatter_(1, wanted[:, None], 0.0)
+            try:
+                seed.scatter_(1, wanted[:, None], -1 / len(x))  # dL/d log_p, zero elsewhere
+                torch._log_softmax_backward_data(seed, log_p, -1, torch.float32, out=logits)  # as in torch 2.13
+            finally:  # an interrupted pass leaves zeros as well
+                seed.scatter_(1, wanted[:, None], 0.0)
             if logits.dtype is not raw.dtype:
                 raw.copy_(logits)
             torch.mm(raw, self.head, out=gradient[rows])
@@ -82,5 +85,6 @@ class _Differentiated(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.gradient * grads[0].to(ctx.gradient.dtype), None, None

@@ -1,7 +1,7 @@
 """The device's own part of the model: embedding, its first and last layers with LoRA, final norm and LM head.
 
     tokens -> embed and first layers -> h_first        (to the service)
-    h_{L-last} -> last layers -> final norm -> logits  (and the loss, which never leaves)
+    h_{L-last} -> last layers -> final norm -> logits  (or the loss, `losses.py`; neither ever leaves)
 
 The parts are downloaded once by hash (`service.py`) and run through `privatelora.decoder`, as the service's are.
 """

@@ -3,4 +3,5 @@
 import os
 
 # As in `privatelora.cloud` and `privatelora.device`, here for modules that import torch before either of them.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")

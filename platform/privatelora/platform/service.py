@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from privatelora.protocol.placement import NAMES, Placement
 
 log = structlog.get_logger("privatelora.platform")
 
+STOP_S = 5.0  # for the model's loading to end where it is told to stop
 LOCAL_USER = "local"  # owner of the embedded service's one token
 
 
@@ -89,19 +90,23 @@ def _loaded(settings: Settings, progress: Callable[[str], None]) -> Backbone:
             raise _Stop
         progress(text)
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loading") as loader:
+    found: Future[Backbone] = Future()
+
+    def load() -> None:
+        dtype = getattr(torch, settings.dtype)
         try:
-            return loader.submit(
-                Backbone.load,
-                source_of(settings.model),
-                settings.data_dir,
-                getattr(torch, settings.dtype),
-                settings.device,
-                tell,
-            ).result()
-        except _Stop:
-            stopped.set()  # which it finds at its next report of progress
-            raise
+            found.set_result(Backbone.load(source_of(settings.model), settings.data_dir, dtype, settings.device, tell))
+        except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
+            found.set_exception(error)
+
+    loader = threading.Thread(target=load, name="loading", daemon=True)  # a download does not hold up a stop
+    loader.start()
+    try:
+        return found.result()
+    except _Stop:
+        stopped.set()  # which it finds at its next report of progress
+        loader.join(STOP_S)
+        raise
 
 
 async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:

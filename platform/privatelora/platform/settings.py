@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     idle_timeout_s: float = Field(default=600.0, gt=0, description="seconds of silence after which a session ends")
     torch_threads: int | None = Field(default=None, ge=1, description="threads of one matmul; unset is torch's choice")
     busy_poll_ms: float = Field(
-        default=1.0, ge=0, le=100, description="milliseconds to stay awake for a device that answers within them"
+        default=1.0, ge=0, le=20, description="milliseconds to stay awake for a device that answers within them"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["console", "json"] = Field(default="console", description="how log lines are written")

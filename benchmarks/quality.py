@@ -27,7 +27,7 @@ LONGEST = 200  # tokens of prompt, answer and end token; longer rows are left ou
 TRAINED, HELD_OUT, BATCH_SIZE, SEED = 240, 200, 4, 0
 UNIT = "nats/token"
 
-R64, DEVICE_LORA = {"adapter": "calibrated", "rank": 64}, {"lora_rank": 16, "lora_alpha": 32.0}
+R64, DEVICE_LORA = {"adapter": "calibrated", "rank": 64}, {"lora_rank": 16, "lora_alpha": 16.0}
 
 
 @dataclass(frozen=True)

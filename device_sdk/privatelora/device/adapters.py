@@ -38,7 +38,7 @@ class AdapterSettings:
     m_kind: str = "linear"
     m_hidden: int = 256
     lora_rank: int = 16
-    lora_alpha: float = 32.0
+    lora_alpha: float = 16.0
     seed: int = 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 from tests.support.fleet import Fleet
+
+# A suite started in the background of a shell inherits an ignored SIGINT; the commands that tests interrupt would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("privatelora", deadline=None)  # the machine has more to do than one example
 settings.load_profile("privatelora")

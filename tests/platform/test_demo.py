@@ -11,6 +11,8 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,12 +49,13 @@ KEYS = [
 ]
 
 
-def start(data_dir: Path, output: Path, *options: str) -> subprocess.Popen[str]:
-    """The demo as a process; `data_dir` in its environment is what its children are known by."""
+@contextmanager
+def start(data_dir: Path, output: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The demo as a process, ended with the block; `data_dir` in its environment is what its children are known by."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PRIVATELORA_", "OMP_", "GOMP_"))
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-u", "-m", "privatelora.platform", "demo", "--output", str(output), *options],
         cwd=REPOSITORY,
         env=environment | {"PRIVATELORA_DATA_DIR": str(data_dir), "HF_HUB_OFFLINE": "1", "COLUMNS": "160"},
@@ -60,6 +63,11 @@ def start(data_dir: Path, output: Path, *options: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()  # it has ended, unless a check has failed
 
 
 def processes_of(data_dir: Path) -> list[int]:

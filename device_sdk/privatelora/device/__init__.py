@@ -13,11 +13,9 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# A device waits for the service most of the time. torch's idle threads look for work a moment (0.3 ms) before they
-# sleep, not longer, since a service on this machine needs their cores. libgomp, the OpenMP of torch
-# on Linux, reads it when torch is first imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# A device waits for the service most of the time. torch's idle threads sleep meanwhile, since a service on this machine
+# needs their cores. OpenMP reads it when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from privatelora.device.adapters import AdapterSettings

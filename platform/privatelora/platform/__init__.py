@@ -3,5 +3,4 @@
 import os
 
 # As in `privatelora.cloud` and `privatelora.device`, here for modules that import torch before either of them.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

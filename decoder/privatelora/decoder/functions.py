@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, computed in float32."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.rms_norm(x, weight.shape, weight, eps)
-    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return y
 
 
@@ -30,7 +30,7 @@ def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return _rotated(x, cos, signed_sin)
-    y: Tensor = _Rotate.apply(x, cos, signed_sin)  # type: ignore[no-untyped-call]
+    y: Tensor = _Rotate.apply(x, cos, signed_sin)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return y
 
 
@@ -39,7 +39,7 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and gate_up.requires_grad):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    y: Tensor = _GatedSilu.apply(gate_up)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedSilu.apply(gate_up)  # type: ignore[no-untyped-call]  # torch leaves it bare
     return y
 
 

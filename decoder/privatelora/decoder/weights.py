@@ -121,7 +121,8 @@ def load_layer(part: Path | Part, config: ModelConfig, device: torch.device | st
     Raises `ConfigurationError` naming the tensor that is missing or of another shape than the config's.
     """
     tensors = _load(part, layer_shapes(config), device)
-    return LayerWeights(**{field.name: tensors.get(field.name) for field in fields(LayerWeights)})  # type: ignore[arg-type]
+    found: dict[str, Any] = {field.name: tensors.get(field.name) for field in fields(LayerWeights)}
+    return LayerWeights(**found)  # `_load` has checked which of them are there
 
 
 def load_embedding(part: Path | Part, config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
@@ -116,11 +116,12 @@ def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[...
     ]
 
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        common = Common(**{f.name: kwargs.pop(f.name) for f in fields(Common)})  # type: ignore[arg-type]
+        given: dict[str, Any] = {f.name: kwargs.pop(f.name) for f in fields(Common)}  # typer has checked their types
+        common = Common(**given)
         command(common, *args, **kwargs)
 
     parameters = [*(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own), *shared]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # inspect reads it from any callable
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run

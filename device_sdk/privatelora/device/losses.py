@@ -33,7 +33,7 @@ class HeadCrossEntropy:
         """Mean nats of labels (n,) under logits x head^T, differentiable in x (n, d)."""
         gradient = torch.empty_like(x)
         nats = self._nats(x.detach(), labels, gradient) / len(x)
-        loss: Tensor = _Differentiated.apply(x, nats, gradient)  # type: ignore[no-untyped-call]
+        loss: Tensor = _Differentiated.apply(x, nats, gradient)  # type: ignore[no-untyped-call]  # torch leaves it bare
         return loss
 
     def total(self, x: Tensor, labels: Tensor) -> float:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +33,6 @@ from privatelora.protocol.placement import NAMES, Placement
 
 log = structlog.get_logger("privatelora.platform")
 
-STOP_S = 5.0  # for the model's loading to end where it is told to stop
 LOCAL_USER = "local"  # owner of the embedded service's one token
 
 
@@ -60,7 +57,13 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
     with _stopped_by_signals(), _listening(settings.host, settings.port) as listener:
         token_file = token_path(settings.data_dir)
         admission = TokenAdmission({local_token(token_file): LOCAL_USER})
-        backbone = _loaded(settings, progress)
+        backbone = Backbone.load(
+            source_of(settings.model),
+            settings.data_dir,
+            getattr(torch, settings.dtype),
+            settings.device,
+            progress,
+        )
         depth = backbone.config.num_layers
         plane = DataPlane(backbone, admission, _data_plane_settings(settings, depth))
         tls = (str(settings.certfile), str(settings.keyfile)) if settings.certfile else (None, None)
@@ -75,38 +78,6 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
         )
         with asyncio.Runner(loop_factory=running.config.get_loop_factory()) as runner:
             runner.run(_run(running, listener, lambda: ready(address)))
-
-
-def _loaded(settings: Settings, progress: Callable[[str], None]) -> Backbone:
-    """The backbone, loaded on a thread that ends with it.
-
-    A thread that once used torch's others keeps them for as long as it lives, and OpenMP puts idle threads to sleep at
-    once where it has more of them than there are cores: those of the compute thread must be the only ones.
-    """
-    stopped = threading.Event()
-
-    def tell(text: str) -> None:
-        if stopped.is_set():
-            raise _Stop
-        progress(text)
-
-    found: Future[Backbone] = Future()
-
-    def load() -> None:
-        dtype = getattr(torch, settings.dtype)
-        try:
-            found.set_result(Backbone.load(source_of(settings.model), settings.data_dir, dtype, settings.device, tell))
-        except BaseException as error:  # noqa: BLE001 (raised where the result is asked for)
-            found.set_exception(error)
-
-    loader = threading.Thread(target=load, name="loading", daemon=True)  # a download does not hold up a stop
-    loader.start()
-    try:
-        return found.result()
-    except _Stop:
-        stopped.set()  # which it finds at its next report of progress
-        loader.join(STOP_S)
-        raise
 
 
 async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:

@@ -21,6 +21,7 @@ from tests.support.tiny import FAMILIES, edit_config, tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
 from privatelora.decoder.config import read_config
+from privatelora.decoder.linear import Linear
 from privatelora.decoder.publish import publish_model
 from privatelora.decoder.weights import (
     LayerWeights,
@@ -80,20 +81,20 @@ def test_parts_hold_the_rows_of_transformers_model(name: str, tmp_path: Path) ->
         for short, rows in weights.projections().items():
             assert torch.equal(rows, theirs.pop(f"{modules[short]}_proj.weight"))
             assert rows.untyped_storage().data_ptr() in {
-                t.untyped_storage().data_ptr() for t in (weights.qkv, weights.o, weights.gate_up, weights.down)
+                linear.weight.untyped_storage().data_ptr()
+                for linear in (weights.qkv, weights.o, weights.gate_up, weights.down)
             }
         assert torch.equal(weights.input_norm, theirs.pop("input_layernorm.weight"))
         assert torch.equal(weights.post_norm, theirs.pop("post_attention_layernorm.weight"))
-        fused = {
-            "qkv_bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-            "o_bias": ("self_attn.o_proj.bias",),
-            "gate_up_bias": ("mlp.gate_proj.bias", "mlp.up_proj.bias"),
-            "down_bias": ("mlp.down_proj.bias",),
-            "q_norm": ("self_attn.q_norm.weight",),
-            "k_norm": ("self_attn.k_norm.weight",),
-        }
-        for field, keys in fused.items():
-            ours = getattr(weights, field)
+        fused = [
+            (weights.qkv.bias, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")),
+            (weights.o.bias, ("self_attn.o_proj.bias",)),
+            (weights.gate_up.bias, ("mlp.gate_proj.bias", "mlp.up_proj.bias")),
+            (weights.down.bias, ("mlp.down_proj.bias",)),
+            (weights.q_norm, ("self_attn.q_norm.weight",)),
+            (weights.k_norm, ("self_attn.k_norm.weight",)),
+        ]
+        for ours, keys in fused:
             if ours is not None:
                 assert torch.equal(ours, torch.cat([theirs.pop(key) for key in keys]))
         assert not theirs  # nothing of the layer was left behind
@@ -130,8 +131,8 @@ def test_parts_come_in_the_service_dtype(dtype: torch.dtype, source: Path, tmp_p
     published = publish_model(source, tmp_path / "data", dtype)
     weights = load_layer(published.parts["layer.2"], published.config)
     stored = load_file(source / "model.safetensors")["model.layers.2.mlp.down_proj.weight"]
-    assert published.dtype == weights.down.dtype == dtype
-    assert torch.equal(weights.down, stored.to(dtype))
+    assert published.dtype == weights.down.weight.dtype == dtype
+    assert torch.equal(weights.down.weight, stored.to(dtype))
 
 
 def test_sharded_and_moved_models_are_the_same_model_in_every_dtype(tmp_path: Path) -> None:
@@ -327,7 +328,7 @@ def test_a_damaged_publication_is_made_anew(source: Path, tmp_path: Path) -> Non
     ):
         again = spoil_and_publish(name, spoil)
         assert again == first
-        assert load_layer(again.parts["layer.1"], again.config).down.shape == (64, 96)
+        assert load_layer(again.parts["layer.1"], again.config).down.weight.shape == (64, 96)
 
 
 def test_what_a_killed_process_left_is_cleared_away(source: Path, tmp_path: Path) -> None:
@@ -412,9 +413,8 @@ def test_projections_of_wide_grouped_heads_split_where_they_meet() -> None:
     q, kv, d, m = 6, 2, 3, 5
     rows = torch.arange((q + 2 * kv) * d).view(-1, d)
     one = torch.ones(1)
-    layer = LayerWeights(
-        one, rows, None, None, None, torch.zeros(d, q), None, one, torch.arange(2 * m), None, torch.zeros(d, m), None
-    )
+    qkv, o, gate_up, down = map(Linear, (rows, torch.zeros(d, q), torch.zeros(2 * m, d), torch.zeros(d, m)))
+    layer = LayerWeights(one, qkv, None, None, o, one, gate_up, down)
     sizes = {name: tensor.shape[0] for name, tensor in layer.projections().items()}
     assert sizes == {"q": q, "k": kv, "v": kv, "o": d, "gate": m, "up": m, "down": d}
     assert torch.equal(layer.projections()["v"], rows[-kv:])

@@ -44,7 +44,8 @@ def test_weights_are_held_once_whatever_the_number_of_sessions(fleet: Fleet) -> 
 
         open_another()
         with_one = running.memory_bytes()
-        assert with_one - fleet.service("llama").memory_bytes() < 1.5 * SMOLLM2_WEIGHTS
+        mapped_and_packed = with_one - fleet.service("llama").memory_bytes()  # the file's pages, and oneDNN's copy
+        assert mapped_and_packed < 2.5 * SMOLLM2_WEIGHTS
         for _ in range(SESSIONS - 1):
             open_another()
         grown = running.memory_bytes() - with_one

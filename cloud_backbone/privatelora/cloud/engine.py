@@ -22,8 +22,8 @@ import torch
 Result = TypeVar("Result")
 
 SHORT_ROWS = 8
-"""Rows up to which a unit is short. On two cores, with other work running, a decoded token took 38 ms from a service of
-one thread and 43 from one of two: the second spins on the core that the sockets and the device need."""
+"""Rows up to which a unit is short. On two cores a decoded token took 28 ms from a service of one thread and 33 from
+one of two: the second needs the core of the sockets and the device."""
 
 
 class Engine:

@@ -127,7 +127,7 @@ class SplitPass:
             if isinstance(cut, Cut) and cut.qkv is None:
                 cut.qkv = project(self.layers[cut.layer], cut.x.detach())
             elif isinstance(cut, BackCut) and cut.dx is None:
-                cut.dx = cut.dqkv @ self.layers[cut.layer].qkv  # (n, d)
+                cut.dx = self.layers[cut.layer].qkv.back(cut.dqkv)  # (n, d)
 
     def resume(self, v: Tensor) -> Outcome:
         """Take v (n, 3, r_up) at the cut and run to the next one."""

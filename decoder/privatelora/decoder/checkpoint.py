@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 
 def layer_tensors(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Fields of `LayerWeights`, each with the tensors that are its rows in order: name within the layer -> shape."""
+    """Tensors of a layer part, each with the tensors that are its rows in order: name within the layer -> shape."""
     d, q, kv, m = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     gate_up = {"mlp.gate_proj": m, "mlp.up_proj": m}

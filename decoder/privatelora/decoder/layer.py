@@ -21,6 +21,7 @@ from torch import Tensor
 
 from privatelora.decoder.config import ModelConfig
 from privatelora.decoder.functions import gated_silu, rms_norm, rotate
+from privatelora.decoder.linear import Linear
 from privatelora.decoder.ragged import Block, Ragged
 from privatelora.decoder.weights import LayerWeights
 
@@ -57,7 +58,7 @@ def encode(x: Tensor, inline: InlineWeights) -> Tensor:
 
 def project(layer: LayerWeights, x: Tensor, lora: Lora | None = None) -> Tensor:
     """q, k and v side by side: x (n, d) to (n, q+k+v)."""
-    qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+    qkv = layer.qkv(x)
     return qkv + torch.cat([_lora(x, lora, name) for name in ("q", "k", "v")], dim=-1) if lora else qkv
 
 
@@ -82,12 +83,12 @@ def finish(
 ) -> Tensor:
     """The rest of a layer: h (n, d) and qkv (n, q+k+v) to the next layer's h (n, d); `index` is the layer's number."""
     attended = attention(config, index, layer, qkv, ragged)  # (n, H*e)
-    h = h + _linear(attended, layer.o, layer.o_bias, lora, "o")
+    h = h + _linear(attended, layer.o, lora, "o")
     x = rms_norm(h, layer.post_norm, config.norm_eps)
-    gate_up = F.linear(x, layer.gate_up, layer.gate_up_bias)  # (n, 2m)
+    gate_up = layer.gate_up(x)  # (n, 2m)
     if lora:
         gate_up = gate_up + torch.cat([_lora(x, lora, name) for name in ("gate", "up")], dim=-1)
-    return h + _linear(gated_silu(gate_up), layer.down, layer.down_bias, lora, "down")
+    return h + _linear(gated_silu(gate_up), layer.down, lora, "down")
 
 
 def run_layer(
@@ -145,8 +146,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, block: Block) -> Tensor:
     return mixed.view(count, kv_heads, -1, rows, e).permute(0, 3, 1, 2, 4).reshape(count, rows, heads * e)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, name: str) -> Tensor:
-    y = F.linear(x, weight, bias)
+def _linear(x: Tensor, linear: Linear, lora: Lora | None, name: str) -> Tensor:
+    y = linear(x)
     return y + _lora(x, lora, name) if lora else y
 
 

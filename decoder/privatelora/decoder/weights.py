@@ -8,7 +8,7 @@ layers, the embedding and the head. `layer.py` computes with the `LayerWeights`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from privatelora.decoder.checkpoint import layer_tensors
 from privatelora.decoder.config import ModelConfig, load_config
+from privatelora.decoder.linear import Linear
 from privatelora.protocol.errors import ConfigurationError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,35 +30,33 @@ CONFIG = "config.json"
 EMBEDDING = "embedding"
 FINAL = "final"
 LAYER = "layer.{}"
+LINEARS, NORMS = ("qkv", "o", "gate_up", "down"), ("input_norm", "q_norm", "k_norm", "post_norm")
 
 
 @dataclass(frozen=True)
 class LayerWeights:
     """Frozen weights of one decoder layer; q | k | v and gate | up are fused by rows, so that each pair is one matmul.
 
-    d hidden, q and kv the query's and key's widths, m the MLP's; None where the family has no such tensor.
+    d hidden, q and kv the query's and key's widths, m the MLP's; None where the family has no such norm.
     """
 
     input_norm: Tensor  # (d,)
-    qkv: Tensor  # (q + 2 kv, d)
-    qkv_bias: Tensor | None  # (q + 2 kv,)
+    qkv: Linear  # d to q + 2 kv
     q_norm: Tensor | None  # (head_dim,)
     k_norm: Tensor | None  # (head_dim,)
-    o: Tensor  # (d, q)
-    o_bias: Tensor | None  # (d,)
+    o: Linear  # q to d
     post_norm: Tensor  # (d,)
-    gate_up: Tensor  # (2 m, d)
-    gate_up_bias: Tensor | None  # (2 m,)
-    down: Tensor  # (d, m)
-    down_bias: Tensor | None  # (d,)
+    gate_up: Linear  # d to 2 m
+    down: Linear  # m to d
 
     def projections(self) -> dict[str, Tensor]:
         """Views of the seven linears' weights, each (out, in), under the names that LoRA and its export use."""
-        q_size = self.o.shape[1]
-        kv_size = (self.qkv.shape[0] - q_size) // 2
-        q, k, v = torch.split(self.qkv, [q_size, kv_size, kv_size])
-        gate, up = self.gate_up.chunk(2)
-        return {"q": q, "k": k, "v": v, "o": self.o, "gate": gate, "up": up, "down": self.down}
+        o, down = self.o.weight, self.down.weight
+        q_size = o.shape[1]
+        kv_size = (len(self.qkv.weight) - q_size) // 2
+        q, k, v = torch.split(self.qkv.weight, [q_size, kv_size, kv_size])
+        gate, up = self.gate_up.weight.chunk(2)
+        return {"q": q, "k": k, "v": v, "o": o, "gate": gate, "up": up, "down": down}
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class ModelParts:
     directory : where the parts lie; transformers' tokenizer and config loaders read it as it is.
     model_hash : sha256 in hex over the source's weights and config, the same for every dtype and path.
     parts : `config.json`, `tokenizer.json` and other tokenizer files by file name; `embedding` (`weight`), `final`
-        (`norm`, and `head` unless tied) and `layer.0` ... (the fields of `LayerWeights`), each one safetensors file.
+        (`norm`, and `head` unless tied) and `layer.0` ... (what `LayerWeights` is made of), each one safetensors file.
     """
 
     directory: Path
@@ -116,13 +115,15 @@ def open_parts(directory: Path) -> ModelParts:
 
 
 def load_layer(part: Path | Part, config: ModelConfig, device: torch.device | str = "cpu") -> LayerWeights:
-    """Read a layer part; on the CPU the tensors are a memory map of the file, shared by all processes that read it.
+    """Read a layer part; on the CPU the tensors are a memory map of the file, shared by all processes that read it, and
+    each `Linear` has a packed copy besides.
 
     Raises `ConfigurationError` naming the tensor that is missing or of another shape than the config's.
     """
     tensors = _load(part, layer_shapes(config), device)
-    found: dict[str, Any] = {field.name: tensors.get(field.name) for field in fields(LayerWeights)}
-    return LayerWeights(**found)  # `_load` has checked which of them are there
+    linears: dict[str, Any] = {n: Linear(tensors.pop(n), tensors.pop(f"{n}_bias", None)) for n in LINEARS}
+    norms: dict[str, Any] = {name: tensors.get(name) for name in NORMS}  # `_load` has checked which of them are there
+    return LayerWeights(**linears, **norms)
 
 
 def load_embedding(part: Path | Part, config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:

@@ -9,17 +9,18 @@ The parts are downloaded once by hash (`service.py`) and run through `privatelor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from privatelora.decoder.config import ModelConfig, load_config
 from privatelora.decoder.functions import rms_norm
 from privatelora.decoder.layer import run_layer
+from privatelora.decoder.linear import Linear
 from privatelora.decoder.ragged import KVCache, Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights, load_embedding, load_final, load_layer
@@ -47,6 +48,11 @@ class DeviceModel:
             l: load_layer(service.download(parts[f"layer.{l}"]), self.config) for l in (*self.first, *self.last)
         }
 
+    @cached_property
+    def _packed_head(self) -> Linear:
+        """The head as a token's logits want it; a device that never asks for logits has no second copy of it."""
+        return Linear(self.head)
+
     def ragged(
         self, lengths: Sequence[int], starts: Sequence[int] | None = None, caches: Sequence[KVCache] | None = None
     ) -> Ragged:
@@ -70,7 +76,7 @@ class DeviceModel:
 
     def logits(self, x: Tensor) -> Tensor:
         """x (n_o, d) from `leave` to float32 logits (n_o, vocab)."""
-        return F.linear(x, self.head).float()
+        return self._packed_head(x).float()
 
     def _run(self, layers: range, h: Tensor, ragged: Ragged, adapter: Adapter) -> Tensor:
         for l in layers:

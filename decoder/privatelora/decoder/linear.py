@@ -4,9 +4,9 @@
 by how fast weights are read: on one core, bfloat16, `F.linear` got through 17 GB/s of row-major ones, and from the
 packed copy it is 32. In float32 `F.linear` asks MKL, which on an AMD CPU took 1.6 to 2 times oneDNN's time.
 
-The operators are the ones that torch.compile's CPU backend calls (torch 2.13); without them, `F.linear` it is. The
-numbers are `F.linear`'s own, bit for bit: in bfloat16 because both are oneDNN's, in float32, but for a few rows, by
-`CHAIN`.
+The operators are the ones that torch.compile's CPU backend calls (torch 2.13); without them, `F.linear` it is. On that
+CPU the numbers were `F.linear`'s own, bit for bit, at every shape of SmolLM2: in bfloat16 because both are oneDNN's, in
+float32, from four rows on, by `CHAIN`; for fewer rows they differ by rounding.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CHAIN = 192
 class Linear:
     """y = x W^T + b, differentiable in x; W and b are frozen.
 
-    weight : (out, in) as published; on a CPU a memory map of the file, which only the backward pass reads once packed.
+    weight : (out, in) as published; on a CPU a memory map of the file, which only `back` uses once it is packed.
     bias : (out,), or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         packs = weight.device.type == "cpu" and _can_pack(weight.dtype)
         self._packed = [_pack(part) for part in _cut(weight)] if packs else None
 
@@ -90,7 +90,7 @@ def _onednn(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None = None) -> T
 def _can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch on this CPU has the operators for `dtype`."""
     try:
-        one = torch.eye(2 * CHAIN).to(dtype)
+        one = torch.eye(2 * CHAIN, device="cpu").to(dtype)
         there, back = _onednn(one, [_pack(part) for part in _cut(one)]), _onednn(one, _cut(one.T))
         return torch.equal(there, one) and torch.equal(back, one)
     except (AttributeError, RuntimeError):  # no oneDNN in this build, or none for the dtype on this CPU

@@ -30,7 +30,7 @@ CONFIG = "config.json"
 EMBEDDING = "embedding"
 FINAL = "final"
 LAYER = "layer.{}"
-LINEARS, NORMS = ("qkv", "o", "gate_up", "down"), ("input_norm", "q_norm", "k_norm", "post_norm")
+_LINEARS, _NORMS = ("qkv", "o", "gate_up", "down"), ("input_norm", "q_norm", "k_norm", "post_norm")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def load_layer(part: Path | Part, config: ModelConfig, device: torch.device | st
     Raises `ConfigurationError` naming the tensor that is missing or of another shape than the config's.
     """
     tensors = _load(part, layer_shapes(config), device)
-    linears: dict[str, Any] = {n: Linear(tensors.pop(n), tensors.pop(f"{n}_bias", None)) for n in LINEARS}
-    norms: dict[str, Any] = {name: tensors.get(name) for name in NORMS}  # `_load` has checked which of them are there
+    linears: dict[str, Any] = {n: Linear(tensors.pop(n), tensors.pop(f"{n}_bias", None)) for n in _LINEARS}
+    norms: dict[str, Any] = {name: tensors.get(name) for name in _NORMS}  # `_load` has checked which of them are there
     return LayerWeights(**linears, **norms)
 
 

@@ -50,7 +50,7 @@ class Decoding:
             self.session = self.remote.session
             if self.done == len(self.history):
                 with one_thread():
-                    return self.model.logits(x)[0]
+                    return self.model.next_logits(x[0])
 
     def _run(self, fresh: Tensor) -> Tensor:
         """Run new tokens (n,) through every layer: what the LM head takes of the last, (1, d)."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ class DeviceModel:
 
     @cached_property
     def _packed_head(self) -> Linear:
-        """The head as a token's logits want it; a device that never asks for logits has no second copy of it."""
+        """The head for decoding; a device that never generates has no second copy of it."""
         return Linear(self.head)
 
     def ragged(
@@ -75,8 +76,12 @@ class DeviceModel:
         return rms_norm(h, self.norm, self.config.norm_eps)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (n_o, d) from `leave` to float32 logits (n_o, vocab)."""
-        return self._packed_head(x).float()
+        """x (n_o, d) from `leave` to float32 logits (n_o, vocab), with the very gradient that `losses.py` gives."""
+        return F.linear(x, self.head).float()
+
+    def next_logits(self, x: Tensor) -> Tensor:
+        """x (d,) of a sequence's last token to float32 logits (vocab,) of the next one."""
+        return self._packed_head(x[None])[0].float()
 
     def _run(self, layers: range, h: Tensor, ragged: Ragged, adapter: Adapter) -> Tensor:
         for l in layers:

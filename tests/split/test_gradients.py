@@ -67,20 +67,19 @@ CASES = [
 LENGTHS = (150, 130, 130, 37, 37, 2)
 STEP_LENGTHS = ((9, 30), (20, 20), (5, 7), (3, 3))  # the last two are few rows, as a decoded token is
 STEPS = 20
-SPREAD = 0.1  # standard deviation of the adapter's random values
-RATE = 1 / 500
-"""Learning rate as a share of the spread. AdamW divides a gradient by its own size, so where one is as small as its
-rounding error, the value may go either way by the whole rate; this one keeps these few elements below the tolerance."""
+# AdamW divides a gradient by its own size, so where one is as small as its rounding error, the value may go either way
+# by the whole learning rate; the rate keeps these few elements below the tolerance.
+LEARNING_RATE = 2e-4
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_split_gradients_equal_monolithic(fleet: Fleet, case: Case) -> None:
     with fleet.session(case.model, placement=case.placement, **case.adapter) as me:
-        make_random(me, SPREAD)
+        make_random(me)
         vocabulary = me.config.vocab_size
         batch = random_examples(LENGTHS, vocabulary)
         steps = [random_examples(lengths, vocabulary, seed=step) for step, lengths in enumerate(STEP_LENGTHS, 1)]
-        assert_equal_before_and_after_training(fleet, case, me, batch, steps, RATE * SPREAD)
+        assert_equal_before_and_after_training(fleet, case, me, batch, steps)
 
 
 SMOLLM2_CASES = [
@@ -93,43 +92,37 @@ SMOLLM2_CASES = [
 @pytest.mark.parametrize("case", SMOLLM2_CASES, ids=str)
 def test_split_gradients_equal_monolithic_on_real_weights(fleet: Fleet, case: Case) -> None:
     with fleet.session(case.model, placement=case.placement, **case.adapter) as me:
-        spread = 0.3 * SPREAD  # real weights need smaller ones
-        make_random(me, spread)
+        make_random(me, spread=0.03)
         data = me.examples(
             [
                 {"prompt": "My cat is called", "completion": " Miso the Brave, and she sleeps in the oven."},
                 {"prompt": "The door code", "completion": " is 4071"},
             ]
         )
-        assert_equal_before_and_after_training(fleet, case, me, data.examples, [data.examples[1:]], RATE * spread)
+        assert_equal_before_and_after_training(fleet, case, me, data.examples, [data.examples[1:]])
 
 
 def assert_equal_before_and_after_training(
-    fleet: Fleet,
-    case: Case,
-    me: DeviceSession,
-    batch: Sequence[Example],
-    steps: Sequence[Sequence[Example]],
-    learning_rate: float,
+    fleet: Fleet, case: Case, me: DeviceSession, batch: Sequence[Example], steps: Sequence[Sequence[Example]]
 ) -> None:
     """Loss, gradients and, after twenty steps that each side takes by its own gradients, the trained values."""
     with reference(fleet.model(case.model), me, fleet.data_dir(case.model)) as whole:
         assert_equal_gradients(me, whole, batch)
         start = {name: value.detach().clone() for name, value in whole.values.items()}
-        train_both(me, whole, steps, learning_rate)
+        train_both(me, whole, steps)
         assert min(difference(whole.values[name], start[name]) for name in start) > 100 * TOLERANCE  # it moved
         assert_close(dict(me.adapter.named_parameters()), whole.values)
         assert_equal_gradients(me, whole, batch)
 
 
-def train_both(me: DeviceSession, whole: Reference, batches: Sequence[Sequence[Example]], learning_rate: float) -> None:
+def train_both(me: DeviceSession, whole: Reference, batches: Sequence[Sequence[Example]]) -> None:
     """Twenty steps on both sides: gradients clipped, AdamW without decay."""
     values = list(whole.values.values())
-    optimizer = torch.optim.AdamW(values, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(values, lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(STEPS):
         batch = batches[step % len(batches)]
         me.forward_backward(batch)
-        me.optim_step(learning_rate, clip_norm=1.0)
+        me.optim_step(LEARNING_RATE, clip_norm=1.0)
         whole.loss(batch).backward()
         torch.nn.utils.clip_grad_norm_(values, 1.0)
         optimizer.step()

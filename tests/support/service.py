@@ -87,10 +87,10 @@ class ServiceProcess:
         if self.process.stdout is not None:
             self.process.stdout.close()
 
-    def memory_bytes(self, peak: bool = False) -> int:
-        """Resident memory now, or the most since `forget_peak`."""
+    def memory_bytes(self, peak: bool = False, part: str = "VmRSS") -> int:
+        """Resident memory now, or the most since `forget_peak`; `part` RssAnon: its own, RssFile: mapped files."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        name = "VmHWM" if peak else "VmRSS"
+        name = "VmHWM" if peak else part
         return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(name))
 
     def forget_peak(self) -> None:

@@ -2,9 +2,10 @@
 #
 #   make install   .venv with what a run needs            make test    lint, then the test suite
 #   make demo      install, then `privatelora demo`       make lint    ruff, mypy --strict, import-linter
-#   make bench     the benchmarks (ONLY=name,name)        make clean   remove all that these made
+#   make bench     the benchmarks (ONLY=name,name)        make soak    ten minutes of 200 devices, some of them bad
+#   make clean     remove all that these made
 #
-# PYTHON names another interpreter for the .venv, ARGS goes to the demo and to pytest: make demo ARGS="--placement one-trip"
+# PYTHON names another interpreter for the .venv, ARGS goes to the demo, pytest and the soak: make demo ARGS="--placement one-trip"
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,6 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 PROJECTS := protocol decoder cloud_backbone device_sdk platform
+KERNELS := decoder/hatch_build.py decoder/privatelora/decoder/kernels.c # compiled by the install
 RUN_STAMP := $(VENV)/.installed-run
 BENCH_STAMP := $(VENV)/.installed-bench
 TEST_STAMP := $(VENV)/.installed-test
@@ -22,11 +24,11 @@ TEST_STAMP := $(VENV)/.installed-test
 LLAMA_CPP_CMAKE_ARGS := -DLLAMA_BUILD=OFF -DCMAKE_CXX_COMPILER=cc -DCMAKE_CXX_COMPILER_FORCED=ON
 
 # Tests and benchmarks ask nothing of the network.
-test bench: export HF_HUB_OFFLINE := 1
-test bench: export FLWR_TELEMETRY_ENABLED := 0
-test bench: export FLWR_DISABLE_UPDATE_CHECK := 1
+test bench soak: export HF_HUB_OFFLINE := 1
+test bench soak: export FLWR_TELEMETRY_ENABLED := 0
+test bench soak: export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench soak clean
 
 install: $(RUN_STAMP)
 
@@ -45,11 +47,14 @@ lint: $(TEST_STAMP)
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY))
 
+soak: $(TEST_STAMP)
+	$(BIN)/python -m tests.soak --seconds 600 $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo-out bench-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) decoder/privatelora/decoder/libkernels.* demo-out bench-out soak-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find $(PROJECTS) benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml)
+$(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml) $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make install PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,8 @@ from tests.support.wire import Wire
 from websockets.exceptions import InvalidStatus
 
 from privatelora.cloud.admission import TokenAdmission, local_token
-from privatelora.cloud.endpoint import DataPlane, create_app
+from privatelora.cloud.endpoint import create_app
+from privatelora.cloud.plane import DataPlane
 from privatelora.device import DeviceSession
 from privatelora.device.connection import ByteCount, Connection
 from privatelora.device.service import Service
@@ -29,7 +30,7 @@ from privatelora.protocol.errors import AuthenticationError, ConfigurationError,
 from privatelora.protocol.messages import BLOB_PATH, DATA_PLANE_PATH, INFO_PATH, ErrorInfo, parse
 
 UNKNOWN = "0" * 64
-ROUTES = {"GET": {INFO_PATH, BLOB_PATH + "/{sha256}"}, "WEBSOCKET": {DATA_PLANE_PATH}, "open": {"/healthz"}}
+ROUTES = {"GET": {INFO_PATH, BLOB_PATH + "/{sha256}", "/metrics"}, "WEBSOCKET": {DATA_PLANE_PATH}, "open": {"/healthz"}}
 WRONG = [
     None,
     "",

@@ -18,7 +18,7 @@ from privatelora.device import DeviceSession
 from privatelora.protocol.messages import ServiceInfo
 
 TOKENS = {"alice": "alice-token", "mallory": "mallory-token"}
-LIMITS = {"max_sessions": 12, "max_streams": 3, "max_sequences": 4, "max_tokens_per_step": 2048}
+LIMITS = {"max_sessions": 12, "max_waiting": 0, "max_streams": 3, "max_sequences": 4, "max_tokens_per_step": 2048}
 PLACEMENTS = ("paper", "one-trip", "first=0,last=2")
 OTHER_MODEL = "f" * 64  # a model whose set lies in the same folder
 

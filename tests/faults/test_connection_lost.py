@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.support.fleet import Fleet
 from tests.support.proxy import Proxy, When, nth
 
 from privatelora.device import DeviceSession, FinetuneReport
+from privatelora.device.split import LossFn
 from privatelora.protocol.errors import ConnectionLostError
 from privatelora.protocol.frames import Kind, Phase
 
@@ -138,6 +140,44 @@ def test_training_survives_a_connection_that_breaks_in_every_step(
     assert not proxy.faults_left
     assert len(proxy.arrivals) == 7
     assert_same(run, undisturbed(placement))
+
+
+SIDE_BY_SIDE: list[tuple[str, str, Callable[[], When], bool]] = [
+    # three micro-batches a step, so the fourth to sixth message of a kind are the second step's
+    (PAPER, "one has begun, two have not", lambda: nth(4, Kind.HIDDEN, TRAIN, up=True), True),
+    (PAPER, "one u of three is lost", lambda: nth(5, Kind.ENCODED, TRAIN, layer=3), False),
+    (PAPER, "one v of three is lost", lambda: nth(5, Kind.DELTA, TRAIN, layer=3), False),
+    (PAPER, "one goes back, two still come forth", lambda: nth(4, Kind.GRAD_HIDDEN, up=True), False),
+    (PAPER, "one dL/dv of three is lost", lambda: nth(5, Kind.GRAD_DELTA, layer=2), False),
+    (PAPER, "two are done, the last is not", lambda: nth(6, Kind.GRAD_DELTA, layer=0), False),
+    (MIXED, "one dL/du of three is lost", lambda: nth(5, Kind.GRAD_ENCODED, layer=2), False),
+    (MIXED, "one dL/dh_first of three is lost", lambda: nth(5, Kind.GRAD_HIDDEN, BACKWARD, up=False), False),
+    (ONE_TRIP, "one result of three is lost", lambda: nth(5, Kind.HIDDEN, TRAIN, up=False), False),
+    (LAST, "the only exchange of one of three is lost", lambda: nth(2, Kind.HIDDEN, Phase.SCORE, up=False), False),
+]
+
+
+@pytest.mark.parametrize("loss_fn", [None, F.cross_entropy], ids=["default loss", "own loss"])
+@pytest.mark.parametrize(
+    ("placement", "when", "deliver"),
+    [
+        pytest.param(placement, when, deliver, id=f"{placement}: {what}")
+        for placement, what, when, deliver in SIDE_BY_SIDE
+    ],
+)
+def test_micro_batches_that_are_at_different_places_are_all_replayed(
+    fleet: Fleet, proxy: Proxy, placement: str, when: Callable[[], When], deliver: bool, loss_fn: LossFn | None
+) -> None:
+    recipe: dict[str, Any] = {"epochs": 3, "batch_size": 6, "learning_rate": 1e-2, "loss_fn": loss_fn}
+    proxy.cut(when(), deliver=deliver)
+    with (
+        fleet.session("llama", placement=placement, rank=8, micro_batches=3) as calm,
+        through(proxy, fleet, placement, micro_batches=3) as me,
+    ):
+        wanted, found = calm.finetune(ROWS, **recipe), me.finetune(ROWS, **recipe)
+        assert not proxy.faults_left
+        assert [record.loss for record in found.history] == [record.loss for record in wanted.history]
+        assert all(map(torch.equal, me.adapter.parameters(), calm.adapter.parameters()))
 
 
 IN_GENERATION: list[tuple[str, str, Callable[[], When], bool]] = [

@@ -20,10 +20,10 @@ from privatelora.protocol.errors import (
     error_from_code,
 )
 from privatelora.protocol.frames import Frame, Kind
-from privatelora.protocol.messages import ErrorInfo, Opened, OpenRequest, ServiceInfo, control_frame, parse
+from privatelora.protocol.messages import ErrorInfo, Opened, OpenRequest, Queued, ServiceInfo, control_frame, parse
 from privatelora.protocol.placement import Placement
 
-KINDS = [OpenRequest, Opened, ErrorInfo, ServiceInfo]
+KINDS = [OpenRequest, Opened, Queued, ErrorInfo, ServiceInfo]
 REQUEST = OpenRequest(
     model_hash="a" * 64,
     set_hash="b" * 64,
@@ -40,7 +40,8 @@ json_values = st.recursive(
 
 
 @pytest.mark.parametrize(
-    "message", [REQUEST, Opened(session=7), ErrorInfo(code="data", message="m", retry_after_s=2.0)]
+    "message",
+    [REQUEST, Opened(session=7), Queued(place=3, waiting=5), ErrorInfo(code="data", message="m", retry_after_s=2.0)],
 )
 def test_a_message_survives_the_way_there(message: msgspec.Struct) -> None:
     came = Frame.unpack(control_frame(Kind.OPEN, message, session=3).pack())

@@ -31,7 +31,7 @@ from tests.support.service import plane
 
 from privatelora.decoder.ragged import KVCache
 from privatelora.device import DeviceSession
-from privatelora.device.exchange import Span
+from privatelora.device.stream import Span
 from privatelora.protocol.frames import Phase
 
 CASES = [
@@ -98,7 +98,7 @@ def run_together(
     h = me.model.enter(
         torch.cat([torch.tensor(tokens) for tokens in fresh]), me.model.ragged(lengths, done, first), me.adapter
     )
-    h, _ = me.remote.forward(h, spans, Phase.GENERATE, me.adapter, lasts)
+    h = me.remote.forward(h, spans, Phase.GENERATE, me.adapter, lasts)
     rows = lasts if me.placement.last else None  # without last layers only these rows come back
     logits = me.model.logits(me.model.leave(h, me.model.ragged(lengths, done, last), me.adapter, rows))
     done[:] = [len(history) for history in histories]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import gc
-import socket
-import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from tests.split.common import random_examples
 from tests.support.fleet import DEPTH, SMOLLM2, Fleet
+from tests.support.inside import serving, wait_for
 
-from privatelora.cloud.admission import TokenAdmission
 from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+from privatelora.cloud.plane import DataPlane
 from privatelora.cloud.session import Session
+from privatelora.decoder.kv import BLOCK
 from privatelora.device import DeviceSession
 from privatelora.device.batch import Batch
-from privatelora.device.exchange import RemoteLayers, Span
+from privatelora.device.exchange import RemoteLayers
+from privatelora.device.stream import Span
 from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.frames import Phase
 
@@ -97,6 +95,7 @@ def test_a_session_holds_its_caches_and_activations_only_and_leaves_nothing(flee
         first.remote.disconnect()
         wait_for(lambda: list(plane.sessions) == [second.remote.session])
         wait_for(lambda: gc.collect() >= 0 and all(reference() is None for reference in held))
+        assert (plane.memory.used_bytes, plane.pool.used) == (0, 0)
         second.generate("A prompt", max_new_tokens=3)  # the other session goes on
 
 
@@ -111,11 +110,16 @@ def assert_weights_are_shared(plane: DataPlane) -> None:
 def state_of(session: Session) -> list[weakref.ref[object]]:
     """Weak references to all that a session holds: one cache, and one pass with its activations."""
     (cache,), (active,) = session.caches.values(), session.passes.values()
-    assert session.saved_bytes == cache.nbytes == DEPTH * 2 * 64 * 64 * 4  # room for 64 tokens, 2 heads of 32
-    assert active.split.layers is session.backbone.layers
-    activations = [tensor for stretch in active.split._stretches for tensor in stretch.outputs]
-    assert len(activations) == 2 * (DEPTH - 1) + 1  # h and x at each cut but the first, and h at the end
-    return [weakref.ref(thing) for thing in (session, cache, active.split, *activations)]
+    assert cache.nbytes == 2 * BLOCK * DEPTH * 2 * 64 * 4  # 20 tokens; k and v, 2 heads of 32
+    work = active.work
+    assert work.batch is not None
+    kept = [saved for saved, _ in work.saved.values()]
+    assert len(kept) == DEPTH
+    tensors = [tensor for saved in kept for tensor in vars(saved).values()] + list(work.batch.tensors.values())
+    assert session.held_bytes == cache.nbytes + active.held_bytes
+    activations = sum(tensor.nbytes for saved in kept for tensor in vars(saved).values())
+    assert activations <= active.held_bytes < 1.2 * activations  # counted as what it is
+    return [weakref.ref(thing) for thing in (session, cache, work, work.batch, *kept, *tensors)]
 
 
 def connect(url: str, store: Path, fleet: Fleet) -> DeviceSession:
@@ -133,27 +137,3 @@ def prefill(me: DeviceSession, remote: RemoteLayers) -> None:
     with torch.inference_mode():
         h = me.model.enter(torch.arange(TOKENS), me.model.ragged([TOKENS]), me.adapter)
         remote.forward(h, [Span(1, 0, TOKENS)], Phase.GENERATE, me.adapter, torch.tensor([TOKENS - 1]))
-
-
-@contextmanager
-def serving(backbone: Backbone) -> Iterator[tuple[DataPlane, str]]:
-    """A service on a thread of this process, so that a test sees the objects that it holds."""
-    plane = DataPlane(backbone, TokenAdmission({"t": "owner"}), DataPlaneSettings())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        running = server(plane, "127.0.0.1", port)
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            wait_for(lambda: running.started)
-            yield plane, f"http://127.0.0.1:{port}"
-        finally:
-            running.should_exit = True
-            thread.join(10)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the service still holds it"
-        time.sleep(0.01)

@@ -121,7 +121,7 @@ class Fleet:
         """A device of a service: a new one, unless the settings name its store."""
         self._sessions += 1
         places = {"store_dir": self.folder / "stores" / str(self._sessions), "cache_dir": self.folder / "cache"}
-        return DeviceSession(to.url, **({"token": to.token} | places | settings))
+        return DeviceSession(**({"server": to.url, "token": to.token} | places | settings))
 
 
 def _publish_set_of_smollm2(data_dir: Path) -> None:

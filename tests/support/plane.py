@@ -18,7 +18,8 @@ import torch
 
 from privatelora.cloud.admission import TokenAdmission
 from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+from privatelora.cloud.endpoint import server
+from privatelora.cloud.plane import DataPlane, DataPlaneSettings
 from privatelora.platform.logs import configure_logging
 
 

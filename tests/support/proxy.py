@@ -4,6 +4,7 @@
         me = DeviceSession(proxy.url, ...)
         proxy.cut(nth(3, Kind.GRAD_DELTA))               # the third dL/dv never arrives, and the connection is gone
         proxy.cut(nth(1, Kind.HIDDEN), then=running.kill)
+        proxy.before(nth(1, Kind.OPENED), frames)         # the service seems to say these first
 
 HTTP passes untouched. On a data plane connection every WebSocket message is read just far enough to know which exchange
 it is. Threads own one direction of one connection each and end with the proxy.
@@ -14,13 +15,13 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from privatelora.protocol.frames import HEADER, Kind, Phase
+from privatelora.protocol.frames import HEADER, Frame, Kind, Phase
 from privatelora.protocol.messages import DATA_PLANE_PATH
 
 END_OF_HEAD = b"\r\n\r\n"
@@ -37,6 +38,7 @@ class Message:
 
 
 When = Callable[[Message], bool]
+Event = TypeVar("Event", "Fault", "Insertion")
 
 
 def nth(count: int, kind: Kind, phase: Phase | None = None, layer: int | None = None, up: bool | None = None) -> When:
@@ -63,6 +65,16 @@ class Fault:
     happened: bool = False
 
 
+@dataclass
+class Insertion:
+    """Frames for the device that pass, `pause_s` apart, before the first message that `when` is true of."""
+
+    when: When
+    frames: Sequence[Frame]
+    pause_s: float
+    happened: bool = False
+
+
 @dataclass(eq=False)
 class Link:
     """One device's connection and the proxy's own to the service."""
@@ -85,6 +97,7 @@ class Proxy:
     target_port: int
     arrivals: list[float] = field(default_factory=list)  # time of each data plane connection
     _faults: list[Fault] = field(default_factory=list)
+    _insertions: list[Insertion] = field(default_factory=list)
     _links: list[Link] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
 
@@ -120,6 +133,10 @@ class Proxy:
     ) -> None:
         """Break the connection at the first message that `when` is true of, then do `then`."""
         self._faults.append(Fault(when, then, deliver, silent))
+
+    def before(self, when: When, frames: Sequence[Frame], pause_s: float = 0.0) -> None:
+        """Give the device frames, each after a pause, before the service's first message that `when` is true of."""
+        self._insertions.append(Insertion(when, frames, pause_s))
 
     def cut_now(self) -> None:
         """Break every connection."""
@@ -174,9 +191,15 @@ class Proxy:
     def _pass_message(self, link: Link, source: socket.socket, target: socket.socket, up: bool) -> bool:
         """Pass one WebSocket frame on, or let a fault happen; False ends the connection."""
         data, content = _read_websocket_frame(source)
-        fault = self._fault_at(content, up)
+        message = _message(content, up)
+        fault = self._first(self._faults, message)
         if link.silent:
             return True
+        insertion = None if up else self._first(self._insertions, message)
+        if insertion is not None:
+            for frame in insertion.frames:
+                time.sleep(insertion.pause_s)
+                target.sendall(_websocket_frame(frame.pack()))
         if fault is None or fault.deliver:
             target.sendall(data)
         if fault is None:
@@ -185,17 +208,29 @@ class Proxy:
         link.silent = fault.silent
         return fault.silent
 
-    def _fault_at(self, content: bytes, up: bool) -> Fault | None:
-        if len(content) < HEADER.size:
+    def _first(self, events: Sequence[Event], message: Message | None) -> Event | None:
+        """The event that happens at this message, if one does."""
+        if message is None:
             return None
-        fields = HEADER.unpack_from(content)
-        message = Message(up, Kind(fields[2]), Phase(fields[3]), layer=fields[10])
         with self._lock:
-            for fault in self._faults:
-                if not fault.happened and fault.when(message):
-                    fault.happened = True
-                    return fault
+            for event in events:
+                if not event.happened and event.when(message):
+                    event.happened = True
+                    return event
         return None
+
+
+def _message(content: bytes, up: bool) -> Message | None:
+    if len(content) < HEADER.size:
+        return None
+    fields = HEADER.unpack_from(content)
+    return Message(up, Kind(fields[2]), Phase(fields[3]), layer=fields[10])
+
+
+def _websocket_frame(content: bytes) -> bytes:
+    """A short binary message as a service writes it: whole, without a mask."""
+    assert len(content) < 126
+    return bytes([0x82, len(content)]) + content
 
 
 def _read_head(source: socket.socket) -> bytes:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from privatelora.cloud.calibrate import calibrated_set
 from privatelora.cloud.sets import SetStore, load_set, random_set
+from privatelora.decoder import kernels
 from privatelora.decoder.config import ModelConfig
 from privatelora.decoder.layer import InlineWeights
 from privatelora.decoder.publish import publish_model
@@ -118,7 +119,9 @@ class Backbone:
         for l, layer in load_set(path, range(self.config.num_layers)).items():
             a = layer.a[:, : spec.rank_down].transpose(0, 1).reshape(-1, self.config.hidden_size)  # (r*E, d)
             b = torch.cat([layer.b[name][: spec.rank_up].T for name in PROJECTIONS])  # (q+k+v, r)
-            cut[l] = InlineWeights(a.to(self.device, self.dtype), b.to(self.device, self.dtype), spec.encoders)
+            a, b = a.to(self.device, self.dtype), b.to(self.device, self.dtype)
+            packs = kernels.can_add_delta(b, self.config.q_size, self.config.kv_size)
+            cut[l] = InlineWeights(a, b, spec.encoders, kernels.pack_b(b) if packs else None)
         return cut
 
 

@@ -1,62 +1,223 @@
-"""Where units of work run: long ones on the compute thread, short ones where they are.
+"""Where units of work run: asks the scheduler what is next, has it computed, and tells the sessions what came of it.
 
-The endpoint submits work (a segment of some session's pass) and awaits its outcome. A unit of many rows goes to the one
-compute thread, in order of arrival, and the sockets stay responsive meanwhile, since torch releases the interpreter
-lock inside its kernels. A unit of a few rows, a token being decoded, takes less time than two thread switches are
-worth, so it runs on the loop at once; that also keeps a chat from waiting behind somebody's training step.
+    session -> Engine.submit -> Scheduler -> LayerRunner -> session.reply
 
-`Waker` is for the moments between two such units: an event loop that went to sleep needs longer to wake than a device
-on the same machine or network needs to answer.
+Each of the scheduler's lanes has a thread, so that sockets are served while matrices are multiplied (torch releases the
+interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Only decoded tokens of a
+few sessions are computed on the loop itself. All bookkeeping is done on the loop.
+
+`Waker` is for the moments between two units: an event loop that went to sleep needs longer to wake than a device on the
+same machine or network needs to answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 
 import torch
 
-Result = TypeVar("Result")
+from privatelora.cloud.cost import measure_decoding, measure_long
+from privatelora.cloud.layers import Done, LayerRunner
+from privatelora.cloud.metrics import Counted
+from privatelora.cloud.passes import Batch, Pass, Point, Way
+from privatelora.cloud.payloads import CODEC, BadAnswers
+from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
+from privatelora.decoder.kv import KVPool
+from privatelora.protocol.errors import PrivateLoraError
 
 SHORT_ROWS = 8
-"""Rows up to which a unit is short. On two cores a decoded token took 28 ms from a service of one thread and 33 from
-one of two: the second needs the core of the sockets and the device."""
+"""Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
+switches are worth. With 32 rows on a thread of their own, beside the sockets, a service decoded 260 to 300 tokens/s;
+on the loop 185 to 270."""
+
+AHEAD = 16  # batches on the loop for which something may still be computed ahead; those that are older go without
 
 
 class Engine:
-    """The compute of one process; `close` waits for the unit that is running."""
+    """The compute of one process. Every method is called on the event loop.
 
-    def __init__(self, torch_threads: int | None = None) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        self._pool.submit(_use_threads, torch_threads or torch.get_num_threads()).result()
-        _use_threads(1)  # the loop's own, after the pool has taken its number
-        self._long = 0
+    Parameters
+    ----------
+    torch_threads : of the long lane; None is torch's choice. Decoded tokens get one: on two cores a token took 28 ms
+        from a service of one thread and 33 from one of two, since the second needs the core of sockets and devices.
+    busy_poll_s : for how long the loop stays awake for a device that answers within that time.
+    """
 
-    @staticmethod
-    def is_short(rows: int) -> bool:
-        """Whether a unit over `rows` rows of hidden states runs at once, on the loop."""
-        return rows <= SHORT_ROWS
+    def __init__(
+        self,
+        runner: LayerRunner,
+        pool: KVPool,
+        counted: Counted,
+        torch_threads: int | None = None,
+        busy_poll_s: float = 0.0,
+    ) -> None:
+        self.runner, self.counted = runner, counted
+        self.waker = Waker(busy_poll_s, lambda: any(self._computing.values()))
+        self._threads = {lane: ThreadPoolExecutor(1, thread_name_prefix=lane) for lane in Lane}
+        counts = {Lane.DECODE: 1, Lane.LONG: torch_threads or torch.get_num_threads()}
+        for lane, thread in self._threads.items():
+            thread.submit(_use_threads, counts[lane]).result()
+        _use_threads(1)  # the loop's own, after the others have taken their numbers
+        self._streams = _streams(runner.device)
+        long = self._threads[Lane.LONG].submit(measure_long, runner).result()
+        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner, pool), Lane.LONG: long})
+        self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit
+        self._turning: set[Lane] = set()
+        self._timers: dict[Lane, asyncio.TimerHandle] = {}
+        self._ahead: deque[Batch] = deque(maxlen=AHEAD)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a long unit runs or waits."""
-        return self._long > 0
-
-    async def run(self, work: Callable[[], Result], rows: int) -> Result:
-        """Run `work`, a unit over `rows` rows."""
-        if self.is_short(rows):
-            return work()
-        self._long += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        finally:
-            self._long -= 1
+    def submit(self, one: Pass, point: Point) -> None:
+        """What `one` waited for has come: it can be computed at `point`."""
+        self.scheduler.ready(one, point, time.perf_counter())
+        self._wake(lane_of(point.way))
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Wait for the units that are running."""
+        for thread in self._threads.values():
+            thread.shutdown(wait=True, cancel_futures=True)
+
+    # -- turns ---------------------------------------------------------------------------------------------------------
+
+    def _wake(self, lane: Lane) -> None:
+        """Give the lane a turn once the loop has read the sockets that are readable now."""
+        if lane not in self._turning and not self._computing[lane]:
+            self._turning.add(lane)
+            asyncio.get_running_loop().call_soon(self._turn, lane)
+
+    def _turn(self, lane: Lane) -> None:
+        self._turning.discard(lane)
+        if self._computing[lane]:
+            return
+        timer = self._timers.pop(lane, None)
+        if timer is not None:
+            timer.cancel()
+        now = time.perf_counter()
+        picked = self.scheduler.pick(lane, now)
+        if isinstance(picked, Run):
+            self._start(lane, picked.point, picked.passes)  # type: ignore[arg-type]  # the works that we gave it
+        elif lane is Lane.DECODE and self._ahead:
+            started = time.perf_counter()
+            self._run_ahead(lane, self._ahead.popleft())
+            self._count(lane, time.perf_counter() - started, 0.0)
+            self._wake(lane)
+        elif isinstance(picked, Hold):
+            self._timers[lane] = asyncio.get_running_loop().call_later(picked.until - now, self._turn, lane)
+
+    def _start(self, lane: Lane, point: Point, passes: list[Pass]) -> None:
+        if lane is Lane.DECODE and sum(one.n for one in passes) <= SHORT_ROWS:
+            codec_s = CODEC.seconds
+            done, seconds = self._compute(point, passes)
+            self._count(lane, seconds, CODEC.seconds - codec_s)
+            self._finish(point, passes, done, seconds)
+            if isinstance(done, Done) and done.ahead is not None:
+                self._ahead.append(done.ahead)
+            if any((one.account.turnaround_s or 1.0) < self.waker.window_s for one in passes):
+                self.waker.expect()
+            self._wake(lane)
+            return
+        self._computing[lane] = True
+        for one in passes:
+            one.running = True
+        self._threads[lane].submit(self._long, asyncio.get_running_loop(), lane, point, passes)
+
+    def _long(self, loop: asyncio.AbstractEventLoop, lane: Lane, point: Point, passes: list[Pass]) -> None:
+        """On the lane's thread: a unit, and then what needs no answer, while the replies are sent."""
+        began, codec_s = time.thread_time(), CODEC.seconds
+        done, seconds = self._compute(point, passes)
+        loop.call_soon_threadsafe(self._finish, point, passes, done, seconds)
+        if isinstance(done, Done) and done.ahead is not None:
+            self._run_ahead(lane, done.ahead)
+        self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)
+        loop.call_soon_threadsafe(self._free, lane)
+
+    def _free(self, lane: Lane) -> None:
+        self._computing[lane] = False
+        self._wake(lane)
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    def _compute(self, point: Point, passes: Sequence[Pass]) -> tuple[Done | Exception, float]:
+        started = time.perf_counter()
+        try:
+            with self._streams[lane_of(point.way)]():
+                done: Done | Exception = self.runner.run(point, passes)
+        except Exception as error:  # noqa: BLE001 (the sessions of this unit are told; the process serves the others)
+            done = error
+        return done, time.perf_counter() - started
+
+    def _run_ahead(self, lane: Lane, batch: Batch) -> None:
+        """What fails here fails again in the unit that takes the answers, which tells the sessions."""
+        with suppress(Exception), self._streams[lane]():
+            self.runner.ahead(batch)
+
+    def _count(self, lane: Lane, seconds: float, codec_s: float) -> None:
+        """What a unit took of the core that it ran on."""
+        used = self.counted.cpu_seconds[lane]
+        used.layers += seconds - codec_s
+        used.codec += codec_s
+
+    def _finish(self, point: Point, passes: Sequence[Pass], done: Done | Exception, seconds: float) -> None:
+        """Back on the loop: sessions are told, and what goes on by itself is ready again."""
+        for one in passes:
+            one.running = False
+        if isinstance(done, BadAnswers):
+            bad = {one for one, _ in done.errors}
+            for one in passes:
+                if one not in bad and not one.owner.closed:
+                    self.submit(one, point)
+            for one, error in done.errors:
+                one.owner.fail(error)
+        elif isinstance(done, Exception):
+            for one in passes:
+                one.owner.fail(done)
+        else:
+            self.scheduler.used(passes, point, seconds)
+            self.counted.layer_seconds[point.way].observe(seconds)
+            self.counted.batch_rows[point.way].observe(sum(one.n for one in passes))
+            self.counted.batch_passes[point.way].observe(len(passes))
+            self._deliver(point, done)
+        for one in passes:
+            one.owner.settle()
+
+    def _deliver(self, point: Point, done: Done) -> None:
+        now = time.perf_counter()
+        for one, onward in done.onward:
+            if not one.owner.closed:
+                self.scheduler.ready(one, onward, now)
+        if done.onward:
+            self._wake(lane_of(point.way))
+        for one, reply in done.replies:
+            if one.owner.closed:
+                continue
+            if reply.due is not None:
+                self.scheduler.expect(one, reply.due.point, now)
+            elif point.way is Way.DECODE:
+                self.scheduler.expect_next(one, one.first_point, now)
+            else:
+                self.scheduler.leave(one)
+            try:
+                one.owner.reply(one, reply)
+            except PrivateLoraError as error:  # its quota is spent: the others of the batch get theirs
+                one.owner.fail(error)
+        if done.replies:
+            self.counted.wire_seconds[point.way].observe(time.perf_counter() - now)
+
+
+def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextManager[object]]]:
+    """What each lane computes within: on a GPU a stream of its own, decoded tokens first.
+
+    A unit ends with its replies in host memory, so whatever follows it in the other lane sees what it wrote.
+    """
+    if device.type != "cuda":
+        return dict.fromkeys(Lane, nullcontext)
+    streams = {Lane.DECODE: torch.cuda.Stream(device, priority=-1), Lane.LONG: torch.cuda.Stream(device)}  # type: ignore[no-untyped-call]
+    return {lane: partial(torch.cuda.stream, stream) for lane, stream in streams.items()}
 
 
 def _use_threads(count: int) -> None:

@@ -1,4 +1,5 @@
-"""uvicorn's two protocols with the limits that they lack, against peers that are slow, endless, or never read.
+"""uvicorn's two protocols with the limits that they lack, against peers that are slow, endless, or never read, and a
+direct way for messages once a session is open.
 
 `endpoint.server` hands both to uvicorn. Nothing here knows what the bytes mean; `session.py` checks that.
 """
@@ -6,9 +7,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.http11 import Request
+from websockets.speedups import apply_mask
 
 HANDSHAKE_TIMEOUT_S = 10.0  # for a request to arrive, for OPEN after an upgrade, and for a last message to be taken
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
@@ -58,14 +63,129 @@ class GuardedHttp(HttpToolsProtocol):
             self._deadline = None
 
 
+SOCKET = "privatelora.socket"  # key of an ASGI scope under which a WebSocket's protocol object is found
+
+# Frames of RFC 6455, 5.2
+BINARY, MASKED = 0x82, 0x80  # first byte of a binary message in one frame; the second byte's flag
+TWO_BYTES, EIGHT_BYTES = 126, 127  # the second byte's length where it stands for one that follows
+MASK_BYTES = 4
+
+
 class GuardedWebSocket(WebSocketsSansIOProtocol):
-    """A WebSocket that writes no more than its peer reads, and is gone soon after its session."""
+    """A WebSocket that writes no more than its peer reads, and is gone soon after its session.
+
+    What comes is cut into frames here. After `attach` a message goes straight to a function, and `write` sends one: no
+    queue, no task and no ASGI event between the socket and the session. Only a binary message in one frame, as nearly
+    every one is, is unpacked here; any other frame is handed to `websockets`, whole.
+    """
+
+    _deliver: Callable[[bytes], None] | None = None
+    _most_untaken, _untaken = 1, 0  # messages that the peer has not taken
+    _pauses: set[str] = frozenset()  # type: ignore[assignment]  # why nothing is read; one of its own from `attach` on
+    _cuts = False  # whether what comes is cut into frames: once the handshake is over
+    _partial = bytearray()  # the beginning of a frame
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if self.handshake_initiated and not self.handshake_complete:
+            cast(dict[str, Any], self.scope)[SOCKET] = self
+
+    def attach(self, deliver: Callable[[bytes], None], untaken: int) -> None:
+        """Give every message to `deliver` from now on, what has come already first; it must not raise.
+
+        A peer that has not taken `untaken` messages is not read before it does: it may send while it takes nothing, but
+        not for ever.
+        """
+        self._deliver, self._most_untaken, self._pauses = deliver, untaken, set()
+        waiting = [self.queue.get_nowait() for _ in range(self.queue.qsize())]
+        for event in waiting:
+            message = event["bytes"] if event["type"] == "websocket.receive" and "bytes" in event else None
+            if message is not None:
+                deliver(message)
+            else:
+                self.queue.put_nowait(event)
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+
+    def pause(self, reason: str) -> None:
+        """Read nothing from the peer while there is this reason, or any other."""
+        self._pauses.add(reason)
+        self.transport.pause_reading()
+
+    def resume(self, reason: str) -> None:
+        """This reason is gone."""
+        if reason in self._pauses:
+            self._pauses.remove(reason)
+            if not self._pauses and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def write(self, head: bytes, body: bytes | memoryview) -> None:
+        """Send one binary message, once the peer takes it."""
+        length = len(head) + len(body)
+        if length < TWO_BYTES:
+            start = bytes((BINARY, length))
+        elif length < 1 << 16:
+            start = b"\x82\x7e" + length.to_bytes(2, "big")
+        else:
+            start = b"\x82\x7f" + length.to_bytes(8, "big")
+        if not self.transport.is_closing():
+            self.transport.write(b"".join((start, head, body)))
+            if not self.writable.is_set():
+                self._untaken += 1
+                if self._untaken >= self._most_untaken:
+                    self.pause("untaken")
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would wait for ever
-            self.transport.write(BAD_REQUEST)
-            self.transport.close()
+        if not self._cuts:
+            super().data_received(data)
+            self._cuts = self.handshake_initiated
+            if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would wait for ever
+                self.transport.write(BAD_REQUEST)
+                self.transport.close()
+            return
+        if self._partial:
+            self._partial += data
+            data = self._partial  # type: ignore[assignment]  # sliced like bytes
+        at, size = 0, len(data)
+        while size - at >= 2 and (end := at + self._frame_bytes(data, at)) <= size and self._cuts:
+            self._take(data, at, end)
+            at = end
+            if self.transport.is_closing():  # by this frame: nothing that comes after it counts
+                return
+        if not self._cuts:
+            super().data_received(bytes(data[at:]))
+        elif at or not self._partial:
+            self._partial = bytearray(data[at:])
+
+    def _frame_bytes(self, data: bytes, at: int) -> int:
+        """Length of the frame that begins at `at`, or of as much of it as must be there to tell; one that `websockets`
+        will refuse by its header stops the cutting."""
+        length, head = data[at + 1] & ~MASKED, 2 + MASK_BYTES
+        if length >= TWO_BYTES:
+            extended = 2 if length == TWO_BYTES else 8
+            head += extended
+            if len(data) < at + 2 + extended:
+                return head
+            length = int.from_bytes(data[at + 2 : at + 2 + extended], "big")
+        if length + (self.conn.current_size or 0) > self.config.ws_max_size or not data[at + 1] & MASKED:
+            self._cuts = False
+        return head + length
+
+    def _take(self, data: bytes, at: int, end: int) -> None:
+        """One frame."""
+        if self._deliver is None or data[at] != BINARY or self.conn.current_size is not None:
+            super().data_received(bytes(data[at:end]))
+            return
+        length = data[at + 1] ^ MASKED
+        body = at + 2 + MASK_BYTES + (0 if length < TWO_BYTES else 2 if length == TWO_BYTES else 8)
+        self._deliver(apply_mask(bytes(data[body:end]), bytes(data[body - MASK_BYTES : body])))
+
+    def send_receive_event_to_app(self) -> None:
+        if self._deliver is not None and self.curr_msg_data_type == "bytes":
+            self._deliver(bytes(self.bytes))
+        else:
+            super().send_receive_event_to_app()
 
     def shutdown(self) -> None:
         if not self.transport.is_closing():
@@ -76,6 +196,8 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     def resume_writing(self) -> None:
         self.writable.set()
+        self._untaken = 0
+        self.resume("untaken")
 
     def handle_ping(self) -> None:
         if self.writable.is_set():

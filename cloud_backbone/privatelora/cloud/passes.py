@@ -1,198 +1,259 @@
-"""One ragged batch on its way through the service's layers, cut wherever a device must answer.
+"""One session's batch on its way through the service's layers, and the batches of many in which it is computed.
 
-    start(h)        -> Encoded(layer, u) at each inline layer, in turn answered by resume(v), then Finished(h)
-    back(dh)        -> GradDelta(layer, dv), answered by back_resume(du), then GradInput(dh_first)
-    ahead()         what needs no answer, while one is on its way: q, k and v at a cut, and their gradient's way back
+    Pass     what came with one HIDDEN frame: its sequences, its placement, and where it stands
+    Batch    rows of several passes at one point, with the tensors that they have there
+    gather   several passes, wherever their rows lie, as one batch
 
-This is the mathematics of DESIGN section 2 without sockets or threads: every method is one unit of work ("v has arrived
-for layer l") that an engine may run whenever it likes. In training each stretch between two cuts is an autograd graph
-of its own whose ends are kept, and dropped as soon as the backward pass has used them.
+A pass stands at a `Point`: a way (decode, prefill, score, train, backward), a stage and a layer. Passes at one point
+can be computed together, whatever their sessions' placements and adapters are; `layers.py` does it, `scheduler.py` says
+when, and afterwards each pass still knows which rows of which batch are its own.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from privatelora.decoder.backward import Saved
 from privatelora.decoder.config import ModelConfig
-from privatelora.decoder.layer import InlineWeights, add_delta, encode, finish, normed, project
+from privatelora.decoder.kv import KVCache
+from privatelora.decoder.layer import InlineWeights
 from privatelora.decoder.ragged import Ragged
-from privatelora.decoder.weights import LayerWeights
+from privatelora.decoder.rotary import RotaryTables
+from privatelora.protocol.codec import WireDtype
+from privatelora.protocol.frames import Kind
 from privatelora.protocol.placement import Placement
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """u (n, E, r_down) of an inline layer; the pass waits for v."""
+class Way(StrEnum):
+    """What a pass is for; passes of different ways are not computed together."""
 
+    DECODE = "decode"  # one new token a sequence, cached
+    PREFILL = "prefill"  # several, cached
+    SCORE = "score"  # whole sequences, nothing kept
+    TRAIN = "train"  # whole sequences, kept for the way back
+    BACKWARD = "backward"
+
+
+class Stage(IntEnum):
+    """What has come for a layer, so that it can go on."""
+
+    ENTER = 0  # h of the first layer
+    RESUME = 1  # v, or nothing where the layer is not inline
+    BACK_ENTER = 2  # dL/dh of the last layer
+    BACK_RESUME = 3  # dL/du, or nothing where the layer is not inline
+
+
+class Point(NamedTuple):
+    """Where a pass waits to be computed."""
+
+    way: Way
+    stage: Stage
     layer: int
-    u: Tensor
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The rows of h_{L-last} that the device asked for, (n_o, d)."""
+class Due(NamedTuple):
+    """The frame that a pass waits for, and where it stands once that has come."""
 
-    h: Tensor
+    kind: Kind
+    shape: tuple[int, ...]
+    point: Point
 
 
-@dataclass(frozen=True)
-class GradDelta:
-    """dL/dv (n, 3, r_up) of an inline layer; the pass waits for dL/du if `awaits_u`, else it is over."""
+class Reply(NamedTuple):
+    """What a pass tells its device; without `due` the pass is over."""
 
+    kind: Kind
     layer: int
-    dv: Tensor
-    awaits_u: bool
+    shape: tuple[int, ...]
+    data: memoryview | bytes
+    due: Due | None
 
 
-@dataclass(frozen=True)
-class GradInput:
-    """dL/dh_first (n, d), where first layers are trained: the backward pass is over."""
+@dataclass(eq=False)
+class Account:
+    """One session as the scheduler sees it: what compute it has used, and how fast its device answers."""
 
-    dh: Tensor
-
-
-Outcome = Encoded | Finished | GradDelta | GradInput
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """The kept ends of one autograd graph: leaves that want gradients, and outputs that receive them."""
-
-    leaves: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    weight: float = 1.0
+    virtual_s: float = 0.0
+    turnaround_s: float | None = None  # from a reply to the answer for the next point
+    between_s: float | None = None  # from a finished token to the beginning of the next
 
 
-@dataclass
-class Cut:
-    """Where a pass waits for v: an inline layer, its h and x (n, d), and qkv (n, q+k+v) once it was computed."""
+class Owner(Protocol):
+    """The session of a pass; the engine tells it, on the event loop, what became of the pass."""
 
-    layer: int
-    h: Tensor
-    x: Tensor
-    qkv: Tensor | None = None
+    account: Account
+    closed: bool
 
+    def reply(self, one: Pass, reply: Reply) -> None: ...
 
-@dataclass
-class BackCut:
-    """Where a pass waits for dL/du: an inline layer, dL/dh, dL/dqkv, and what of dL/dx follows from these."""
+    def fail(self, error: BaseException) -> None: ...
 
-    layer: int
-    dh: Tensor
-    dqkv: Tensor
-    dx: Tensor | None = None
+    def settle(self) -> None:
+        """No pass of a session that was closed is being computed any more, or not this one."""
 
 
-class SplitPass:
-    """State of one batch between two units of work.
+@dataclass(eq=False)
+class Pass:
+    """One session's ragged batch.
 
     Parameters
     ----------
-    layers : the service's frozen layers by number.
-    inline : A and B of the session's inline layers at its ranks.
-    rows : which rows of the result the device needs; None for all.
-    keep : keep each stretch's graph for a backward pass.
+    owner : its session.
+    placement, inline : the session's, with A and B of its inline layers at its ranks.
+    lengths, starts, caches : of its sequences; caches only where tokens are cached.
+    rows : (n_o,) which rows of the result the device needs; None for all.
+    end : the layer after the service's last.
+    wire : element type of its frames.
+    answer, answer_shape : what came for the point where it stands, until that is computed.
+    running : whether a thread computes it now.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layers: Mapping[int, LayerWeights],
-        placement: Placement,
-        inline: Mapping[int, InlineWeights],
-        ragged: Ragged,
-        rows: Tensor | None,
-        keep: bool,
-    ) -> None:
-        self.config, self.layers, self.placement, self.inline = config, layers, placement, inline
-        self.ragged, self.rows, self.keep = ragged, rows, keep
-        self._cut: Cut | BackCut | None = None
-        self._leaves: tuple[Tensor, ...] = ()
-        self._stretches: list[Stretch] = []
+    owner: Owner
+    placement: Placement
+    inline: Mapping[int, InlineWeights]
+    way: Way
+    lengths: tuple[int, ...]
+    starts: tuple[int, ...]
+    caches: tuple[KVCache, ...] | None
+    rows: Tensor | None
+    end: int
+    wire: WireDtype
+    answer: memoryview | bytes = b""
+    answer_shape: tuple[int, ...] = ()
+    batch: Batch | None = None
+    span: slice = field(default_factory=lambda: slice(0))
+    saved: dict[int, tuple[Saved, slice]] = field(default_factory=dict)
+    running: bool = False
 
-    def start(self, h: Tensor) -> Outcome:
-        """Run from h_first (n, d) to the first cut."""
-        self._leaves = (h.requires_grad_(),) if self.keep and self.placement.trains_first else ()
-        with self._mode(grad=bool(self._leaves)):
-            return self._run(h, self.placement.first)
+    def __post_init__(self) -> None:
+        self.n = sum(self.lengths)
 
-    def ahead(self) -> None:
-        """Compute what the answer that is due does not change; without this call the answer's unit does it."""
-        cut = self._cut
-        with self._mode(grad=False):
-            if isinstance(cut, Cut) and cut.qkv is None:
-                cut.qkv = project(self.layers[cut.layer], cut.x.detach())
-            elif isinstance(cut, BackCut) and cut.dx is None:
-                cut.dx = self.layers[cut.layer].qkv.back(cut.dqkv)  # (n, d)
+    def forget(self) -> None:
+        """It is over: let go of its tensors now, not when the garbage collector finds the circle of pass and batch."""
+        self.batch, self.answer = None, b""
+        self.saved.clear()
 
-    def resume(self, v: Tensor) -> Outcome:
-        """Take v (n, 3, r_up) at the cut and run to the next one."""
-        self.ahead()
-        cut, self._cut = self._cut, None
-        assert isinstance(cut, Cut) and cut.qkv is not None
-        layer, h, qkv = cut.layer, cut.h, cut.qkv
-        if self.keep:
-            v = v.requires_grad_()
-            trained_below = self.placement.trains_first or layer != self.placement.inline[0]
-            h, qkv = h.detach().requires_grad_(trained_below), qkv.requires_grad_(trained_below)
-            self._leaves = (v, h, qkv) if trained_below else (v,)
-        with self._mode(grad=self.keep):
-            qkv = add_delta(self.config, qkv, v, self.inline[layer])
-            h = finish(self.config, layer, self.layers[layer], h, qkv, self.ragged)
-            return self._run(h, layer + 1)
+    @property
+    def account(self) -> Account:
+        return self.owner.account
 
-    def back(self, grad: Tensor) -> Outcome:
-        """Take dL/dh_{L-last} (n_o, d) and walk back to the highest inline layer, or to the start."""
-        if self.rows is not None:
-            full = grad.new_zeros((self.ragged.n, grad.shape[1]))
-            grad = full.index_copy_(0, self.rows.to(grad.device), grad)  # (n, d)
-        return self._back((grad,))
+    @property
+    def first_point(self) -> Point:
+        """Where it began."""
+        return Point(self.way, Stage.ENTER, self.placement.first)
 
-    def back_resume(self, du: Tensor) -> Outcome:
-        """Take dL/du (n, E, r_down) at the cut and walk back to the next one."""
-        self.ahead()
-        cut, self._cut = self._cut, None
-        assert isinstance(cut, BackCut) and cut.dx is not None
-        du = du.transpose(1, 2).reshape(self.ragged.n, -1)  # (n, r_down * E)
-        return self._back((cut.dh, torch.addmm(cut.dx, du, self.inline[cut.layer].a)))
+    def layers_left(self, point: Point) -> int:
+        """Layers from `point` to where the pass, or its way back, is over."""
+        if point.way is Way.BACKWARD:
+            return point.layer - self.lowest_trained + 1
+        return self.end - point.layer
 
-    def _run(self, h: Tensor, layer: int) -> Outcome:
-        end = self.placement.cloud_layers(self.config.num_layers).stop
-        while layer < end:
-            x = normed(self.config, self.layers[layer], h)
-            inline = self.inline.get(layer)
-            if inline is not None:
-                self._keep_stretch(h, x)
-                self._cut = Cut(layer, h, x)
-                return Encoded(layer, encode(x.detach(), inline))
-            h = finish(self.config, layer, self.layers[layer], h, project(self.layers[layer], x), self.ragged)
-            layer += 1
-        self._keep_stretch(h)
-        self._cut = None
-        if self.ragged.caches is not None:
-            for cache, start, length in zip(self.ragged.caches, self.ragged.starts, self.ragged.lengths, strict=True):
-                cache.length = start + length
-        return Finished(h if self.rows is None else h[self.rows])
+    def stops_left(self, point: Point) -> int:
+        """How often it will have something to tell its device until then, the end included."""
+        inline = self.placement.inline
+        if point.way is Way.BACKWARD:
+            return bisect.bisect_left(inline, point.layer) + 1
+        return len(inline) - bisect.bisect_left(inline, point.layer + (point.stage is Stage.RESUME)) + 1
 
-    def _keep_stretch(self, *outputs: Tensor) -> None:
-        if self.keep:
-            self._stretches.append(Stretch(self._leaves, outputs if self._leaves else ()))
+    @property
+    def lowest_trained(self) -> int:
+        """The lowest layer that a gradient has to reach."""
+        return self.placement.first if self.placement.trains_first else self.placement.inline[0]
 
-    def _back(self, grads: Sequence[Tensor]) -> Outcome:
-        stretch = self._stretches.pop()
-        found = torch.autograd.grad(stretch.outputs, stretch.leaves, grads)
-        if not self._stretches:  # the lowest stretch: its one leaf is h_first
-            return GradInput(found[0])
-        layer = self.placement.inline[len(self._stretches) - 1]
-        awaits_u = len(found) > 1  # something below it is trained
-        self._cut = BackCut(layer, *found[1:]) if awaits_u else None
-        return GradDelta(layer, found[0], awaits_u)
 
-    def _mode(self, grad: bool) -> AbstractContextManager[object]:
-        if grad:
-            return torch.enable_grad()
-        return torch.no_grad() if self.keep else torch.inference_mode()  # inference tensors cannot enter a graph later
+class Batch:
+    """Rows of passes that were computed together up to `layer`, in the order of `members`; `tensors` have as many rows.
+
+    Forward: h (n, d), x (n, d), and qkv (n, q+k+v) once it was computed. Backward: dh (n, d), dqkv (n, q+k+v), h (n, d)
+    that the layer began with, and dx (n, d) once it was computed.
+    """
+
+    def __init__(self, members: Sequence[Pass], ragged: Ragged, tensors: dict[str, Tensor]) -> None:
+        self.members, self.ragged, self.tensors = list(members), ragged, tensors
+        self.layer = -1
+        at = 0
+        for member in self.members:
+            member.batch, member.span = self, slice(at, at + member.n)
+            at += member.n
+
+
+def ragged_of(config: ModelConfig, tables: RotaryTables, passes: Sequence[Pass]) -> Ragged:
+    """The passes' sequences end to end."""
+    cached = passes[0].caches is not None
+    return Ragged(
+        config,
+        tables,
+        [length for one in passes for length in one.lengths],
+        [start for one in passes for start in one.starts],
+        [cache for one in passes for cache in one.caches or ()] if cached else None,
+    )
+
+
+def gather(config: ModelConfig, tables: RotaryTables, passes: Sequence[Pass]) -> Batch:
+    """The passes as one batch: the one that they are, if nobody else is in it, else their rows copied together."""
+    first = passes[0].batch
+    assert first is not None
+    batches = {id(one.batch): one.batch for one in passes if one.batch is not None}
+    if len(batches) == 1 and len(first.members) == len(passes):
+        return first
+    names = set.intersection(*(set(batch.tensors) for batch in batches.values()))
+    tensors = {
+        name: torch.cat([one.batch.tensors[name][one.span] for one in passes if one.batch is not None])
+        for name in names
+    }
+    batch = Batch(passes, ragged_of(config, tables, passes), tensors)
+    batch.layer = first.layer
+    return batch
+
+
+def gather_saved(passes: Sequence[Pass], layer: int) -> Saved:
+    """What was kept of a layer, for the passes in their order; each forgets it."""
+    kept = [one.saved.pop(layer) for one in passes]
+    first = kept[0][0]
+    at = 0
+    for saved, span in kept:  # the very rows of one forward batch, in its order
+        if saved is not first or span.start != at:
+            break
+        at = span.stop
+    else:
+        if at == len(first.h):
+            return first
+    return Saved.joined([saved.of_rows(span) for saved, span in kept])
+
+
+def groups(passes: Sequence[Pass], layer: int) -> list[tuple[InlineWeights, list[Pass]]]:
+    """The passes that are inline at `layer`, by the A and B that they use."""
+    found: dict[int, tuple[InlineWeights, list[Pass]]] = {}
+    for one in passes:
+        inline = one.inline.get(layer)
+        if inline is not None:
+            found.setdefault(id(inline), (inline, []))[1].append(one)
+    return list(found.values())
+
+
+def rows_of(tensor: Tensor, passes: Sequence[Pass], batch: Batch) -> Tensor:
+    """The passes' rows of a tensor of `batch`; the tensor itself where that is all of them."""
+    if len(passes) == len(batch.members):
+        return tensor
+    if len(passes) == 1:
+        return tensor[passes[0].span]
+    return torch.cat([tensor[one.span] for one in passes])
+
+
+def put_rows(tensor: Tensor, passes: Sequence[Pass], batch: Batch, rows: Tensor) -> Tensor:
+    """`tensor` with the passes' rows replaced; `rows` itself where that is all of them."""
+    if len(passes) == len(batch.members):
+        return rows
+    at = 0
+    for one in passes:
+        tensor[one.span] = rows[at : at + one.n]
+        at += one.n
+    return tensor

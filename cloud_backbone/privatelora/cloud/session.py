@@ -1,84 +1,87 @@
-"""One device's session: checks that each frame is the exchange that is due, and turns it into a unit of work.
+"""One device's session: checks that each frame is the exchange that is due, and hands its pass on to the engine.
 
-    frame -> Session.accept -> Work (run by the engine) -> frames back to the device
+    message -> Session.receive -> Engine.submit ... Session.reply -> message
 
-A session holds KV caches by sequence number and passes by (step, stream); nothing of it outlives the connection. Every
-refusal is a `ProtocolError` (or another of the tree) that ends this session only.
+A frame that is due is known by its header: every byte of it follows from what was sent before, so the 48 bytes are
+looked up as they are. Whatever else comes is read in full, and begins a pass or breaks a rule. A session holds KV
+caches by sequence number and passes by (step, stream); nothing of it outlives the connection. Every refusal is a
+`ProtocolError` (or another of the tree) that ends this session only.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 
-from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.passes import Encoded, Finished, GradDelta, GradInput, Outcome, SplitPass
-from privatelora.decoder.ragged import KVCache, Ragged
-from privatelora.decoder.tensors import to_array, to_tensor
+from privatelora.cloud.passes import Account, Due, Pass, Reply, Way
+from privatelora.cloud.resources import Resources
+from privatelora.cloud.waiting import RETRY_S, Waiter
+from privatelora.decoder.kv import KVCache
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.errors import IncompatibleError, ProtocolError
-from privatelora.protocol.frames import NO_LAYER, VERSION, Frame, Kind, Phase, Selection
-from privatelora.protocol.messages import Limits, OpenRequest
+from privatelora.protocol.errors import AdmissionError, ConfigurationError, IncompatibleError, ProtocolError
+from privatelora.protocol.frames import HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, Selection, pack_header
+from privatelora.protocol.messages import OpenRequest, Queued, control_frame
 
 Key = tuple[int, int]
 """(step, stream)"""
 
 
-@dataclass(frozen=True)
-class Work:
-    """A unit of work over `rows` rows: `run` gives the frame that it leads to.
+@dataclass(eq=False)
+class ActivePass:
+    """A pass between two frames: the frame that is due and its header, and None while the service works on it.
 
-    If that frame is to be answered (`waits`), `ahead` may run once it is on its way: it computes what the answer does
-    not change.
+    held_bytes : what it has taken of the memory; waiter : its place in the line for that.
     """
 
-    rows: int
-    run: Callable[[], Frame | None]
-    ahead: Callable[[], None]
-    waits: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Due:
-    """The frame that a pass waits for."""
-
-    kind: Kind
-    phase: Phase
-    layer: int
-    shape: tuple[int, ...]
-
-
-@dataclass
-class ActivePass:
-    """A pass between two frames; `due` is None while the engine works on it."""
-
-    split: SplitPass
+    key: Key
     phase: Phase
     sequences: tuple[int, ...]
+    work: Pass
+    began_at: float
+    replied_at: float = 0.0
     due: Due | None = None
+    held_bytes: int = 0
+    waiter: Waiter | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
-    """What the service knows of one connected device."""
+    """What the service knows of one connected device.
+
+    send : writes one message (header, payload) to the device; spend : counts payload bytes up and down.
+    ended : is told the error that ends the session.
+    pause, resume : stop and go on reading from the device.
+    """
 
     id: int
     user: str
     request: OpenRequest
-    backbone: Backbone
-    limits: Limits
+    resources: Resources
+    send: Callable[[bytes, memoryview | bytes], None]
+    spend: Callable[[int, int], None]
+    ended: Callable[[BaseException], None]
+    pause: Callable[[str], None]
+    resume: Callable[[str], None]
+    account: Account = field(default_factory=Account)
     caches: dict[int, KVCache] = field(default_factory=dict)
     passes: dict[Key, ActivePass] = field(default_factory=dict)
     tokens: int = 0  # that went through the service's layers
+    heard_at: float = field(default_factory=time.perf_counter)
     closed: bool = False
+    parked: bool = False
+    _due: dict[bytes, ActivePass] = field(default_factory=dict)  # by the header of the frame that is due
+    _of: dict[Pass, ActivePass] = field(default_factory=dict)
+    _with_us: int = 0  # passes that wait for nothing from the device
     _step: int = 0
     _begun: set[int] = field(default_factory=set)  # streams of the current step
 
     def __post_init__(self) -> None:
+        resources = self.resources
+        self.backbone, self.limits, self.engine = resources.backbone, resources.limits, resources.engine
         request, model = self.request, self.backbone.parts
         if request.protocol_version != VERSION:
             raise IncompatibleError(
@@ -101,47 +104,109 @@ class Session:
             self.inline = {l: weights[l] for l in self.placement.inline}
 
     @property
-    def saved_bytes(self) -> int:
-        """Bytes of KV caches held."""
-        return sum(cache.nbytes for cache in self.caches.values())
+    def held_bytes(self) -> int:
+        """Bytes that the session has taken of the memory."""
+        return sum(cache.nbytes for cache in self.caches.values()) + sum(a.held_bytes for a in self.passes.values())
+
+    @property
+    def awaits_device(self) -> bool:
+        """Whether nothing goes on before the device says something; other passes of its own may wait for memory."""
+        passes = self.passes.values()
+        return not self.waits and all(active.due is not None or active.waiter is not None for active in passes)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has passes, and all of them wait for memory."""
+        return bool(self.passes) and all(active.waiter is not None for active in self.passes.values())
+
+    def park(self) -> None:
+        """Wait for the device no longer: what it holds is kept, but others may have it if they need it."""
+        if not self.parked:
+            self.parked = True
+            self._forget()
 
     def close(self) -> None:
-        """Drop everything that the session holds; work still queued for it does nothing."""
-        self.closed = True
-        self.passes.clear()
-        self.caches.clear()
+        """Give up every pass, and everything that the session holds as soon as no thread uses it."""
+        if not self.closed:
+            self.closed = True
+            self._forget()
+            self._due.clear()
+            self.resources.memory.line.leave(*(a.waiter for a in self.passes.values() if a.waiter is not None))
+            self.settle()
 
-    def accept(self, frame: Frame) -> Work | None:
-        """Check a frame and return the work that it asks for; None where there is nothing to compute."""
+    def settle(self) -> None:
+        """A unit of one of the passes is over: a closed session lets go of what it held."""
+        if self.closed and not any(active.work.running for active in self.passes.values()):
+            held = self.held_bytes
+            for active in self.passes.values():
+                active.work.forget()
+            for cache in self.caches.values():
+                cache.release()
+            self.passes.clear()
+            self._of.clear()
+            self.caches.clear()
+            self.resources.memory.give(held)
+
+    def _forget(self) -> None:
+        """The scheduler does not count on this session any more."""
+        self.engine.scheduler.leave(self.account)
+        for active in self.passes.values():
+            self.engine.scheduler.leave(active.work)
+
+    # -- frames that come ----------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> None:
+        """Take one message; raises what ends the session."""
+        self.heard_at, self.parked = time.perf_counter(), False
+        active = self._due.pop(data[: HEADER.size], None)
+        if active is None or active.due is None:
+            self._other(Frame.unpack(data))
+            return
+        due, active.due = active.due, None
+        if len(data) != HEADER.size + self.dtype.nbytes(due.shape):
+            Frame.unpack(data)  # says what is wrong with it
+        self.spend(len(data) - HEADER.size, 0)
+        self.engine.counted.device_seconds[due.point.way].observe(self.heard_at - active.replied_at)
+        active.work.answer, active.work.answer_shape = memoryview(data)[HEADER.size :], due.shape
+        self._computing(1)
+        self.engine.submit(active.work, due.point)
+
+    def _computing(self, more: int) -> None:
+        """As many passes as may be under way are with the service: who sends more is not read until one is answered."""
+        self._with_us += more
+        if self._with_us >= self.limits.max_streams:
+            self.pause("streams")
+        elif more < 0:
+            self.resume("streams")
+
+    def _other(self, frame: Frame) -> None:
+        """A frame that is not due: it begins a pass, drops caches, or breaks a rule."""
         if frame.session != self.id:
             raise ProtocolError(
                 f"the frame names session {frame.session}, which is not this connection's; open a session of your own"
             )
+        self.spend(frame.payload_bytes, 0)
         if frame.kind is Kind.RELEASE:
             self._release(frame)
-            return None
+            return
         key = (frame.step, frame.stream)
-        if frame.kind is Kind.HIDDEN and frame.phase is not Phase.BACKWARD and key not in self.passes:
-            return self._begin(key, frame)
         active = self.passes.get(key)
+        if frame.kind is Kind.HIDDEN and frame.phase is not Phase.BACKWARD and active is None:
+            self._begin(key, frame)
+            return
         due = active.due if active else None
-        if active is None or due is None or (frame.kind, frame.phase, frame.layer) != (due.kind, due.phase, due.layer):
-            wanted = f"{due.kind.name} of layer {due.layer} in {due.phase.name}" if due else "nothing"
-            raise ProtocolError(
-                f"{frame.kind.name} of layer {frame.layer} in {frame.phase.name} came for step {frame.step}, stream "
-                f"{frame.stream}, where {wanted} is due; frames must not be repeated or reordered"
-            )
-        self._check_tensor(frame, due.shape)
-        active.due = None
-        tensor = self._tensor(frame)
-        advance = {
-            Kind.DELTA: active.split.resume,
-            Kind.GRAD_HIDDEN: active.split.back,
-            Kind.GRAD_ENCODED: active.split.back_resume,
-        }[frame.kind]
-        return self._work(key, active, lambda: advance(tensor))
+        if active is not None and due is not None and self._is_due(frame, active, due):
+            self._check_tensor(frame, due.shape)  # raises: its header would have been the one that is due
+        wanted = "nothing"
+        if active is not None and due is not None:
+            phase, layer = self._phase_and_layer(active, due)
+            wanted = f"{due.kind.name} of layer {layer} in {phase.name}"
+        raise ProtocolError(
+            f"{frame.kind.name} of layer {frame.layer} in {frame.phase.name} came for step {frame.step}, stream "
+            f"{frame.stream}, where {wanted} is due; frames must not be repeated or reordered"
+        )
 
-    def _begin(self, key: Key, frame: Frame) -> Work:
+    def _begin(self, key: Key, frame: Frame) -> None:
         """Start a pass with h_first; checks spans, selection and limits."""
         step, stream = key
         if step < self._step or (step == self._step and stream in self._begun):
@@ -165,69 +230,134 @@ class Session:
         self._check_tensor(frame, (n, self.backbone.config.hidden_size))
         rows = self._rows(frame, lengths)
         if frame.phase is Phase.TRAIN:
-            saved = sum(p.split.ragged.n for p in self.passes.values() if p.phase is Phase.TRAIN)
+            saved = sum(p.work.n for p in self.passes.values() if p.phase is Phase.TRAIN)
             if saved + n > self.limits.max_tokens_per_step:
                 raise ProtocolError(
                     f"activations of {saved} tokens are kept for backward passes and {n} more would go over the limit "
                     f"of {self.limits.max_tokens_per_step}; use smaller batches, or send the gradients first"
                 )
+        if step != self._step or not self.passes:
+            self.resources.check_serving()  # a step that has begun may be finished
         caches = self._caches_for(sequences) if frame.phase is Phase.GENERATE else None
-        h = self._tensor(frame)
         if step != self._step:
             self._step, self._begun = step, set()
         self._begun.add(stream)
         self.tokens += n
+        end = self.placement.cloud_layers(self.backbone.config.num_layers).stop
+        way = _way(frame.phase, n == len(lengths))
+        work = Pass(
+            self, self.placement, self.inline, way, lengths, starts, caches, rows, end, self.dtype, frame.payload,
+            frame.shape,
+        )  # fmt: skip
+        self._computing(1)
+        active = self.passes[key] = self._of[work] = ActivePass(key, frame.phase, sequences, work, self.heard_at)
+        self._admit(active)
 
-        config = self.backbone.config
-        ragged = Ragged(config, self.backbone.tables, lengths, starts, caches)
-        split = SplitPass(
-            config, self.backbone.layers, self.placement, self.inline, ragged, rows, keep=frame.phase is Phase.TRAIN
-        )
-        active = self.passes[key] = ActivePass(split, frame.phase, sequences)
-        return self._work(key, active, lambda: split.start(h))
+    def _admit(self, active: ActivePass) -> None:
+        """Take what the pass must keep, and go on; or wait for it."""
+        work, memory, pool = active.work, self.resources.memory, self.resources.pool
+        ends = [start + length for start, length in zip(work.starts, work.lengths, strict=True)]
+        blocks = sum(cache.missing(end) for cache, end in zip(work.caches or (), ends, strict=False))
+        own = self.resources.pass_bytes(work.way, work.n, self.placement)
+        needed = own + blocks * pool.block_bytes
 
-    def _work(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Work:
-        def ahead() -> None:
-            if not self.closed:
-                active.split.ahead()
+        def enter() -> None:
+            if active.waiter is not None:
+                waited = time.perf_counter() - active.began_at
+                self.engine.counted.admission_seconds["memory"].observe(waited)
+            memory.take(needed)
+            active.held_bytes, active.waiter = own, None
+            for cache, end in zip(work.caches or (), ends, strict=False):
+                cache.reserve(end)
+            self.engine.submit(work, work.first_point)
 
-        run = partial(self._reply, key, active, advance)
-        return Work(active.split.ragged.n, run, ahead, waits=lambda: active.due is not None)
+        if needed > memory.total_bytes:
+            raise ConfigurationError(
+                f"this pass of {work.n} tokens must keep {needed / 2**20:.3g} MiB, and the service has "
+                f"{memory.total_bytes / 2**20:.3g} MiB for everybody; use smaller batches, more "
+                "micro_batches or shorter texts"
+            )
+        cached = sum(cache.nbytes for cache in self.caches.values())
+        if needed + cached > memory.total_bytes:  # it would wait for itself
+            raise AdmissionError(
+                f"this pass of {work.n} tokens must keep {needed / 2**20:.3g} MiB beside {cached / 2**20:.3g} MiB of "
+                "this session's texts, and the service has not so much; connect again and replay"
+            )
+        if not memory.fits(needed):
+            self.resources.reclaim(needed)
+        if memory.fits(needed) and (work.way is Way.DECODE or not len(memory.line)):
+            enter()
+        elif work.way is Way.DECODE:
+            raise AdmissionError(  # it holds memory: were it to wait with it, all could wait for one another
+                "the service has no memory for another token of yours now; connect again and replay",
+                retry_after_s=RETRY_S,
+            )
+        else:
+            waiter = active.waiter = Waiter(
+                lambda: memory.fits(needed), enter, self.ended, lambda *place: self._tell(active, *place), needed
+            )
+            memory.line.join(waiter)
 
-    def _reply(self, key: Key, active: ActivePass, advance: Callable[[], Outcome]) -> Frame | None:
-        """Run one unit of work and write the frame that it leads to."""
-        if self.closed:
-            return None
-        outcome = advance()
-        n, (step, stream) = active.split.ragged.n, key
-        backward = Phase.BACKWARD
-        if isinstance(outcome, Encoded):
-            frame = Frame(Kind.ENCODED, self.id, active.phase, step, stream, outcome.layer)
-            active.due = Due(Kind.DELTA, active.phase, outcome.layer, self.spec.delta_shape(n))
-            return frame.with_array(to_array(outcome.u, self.dtype), self.dtype)
-        if isinstance(outcome, Finished):
-            frame = Frame(Kind.HIDDEN, self.id, active.phase, step, stream)
-            if active.phase is Phase.TRAIN:
-                active.due = Due(Kind.GRAD_HIDDEN, backward, NO_LAYER, tuple(outcome.h.shape))
-            else:
-                self.passes.pop(key, None)
-            return frame.with_array(to_array(outcome.h, self.dtype), self.dtype)
-        if isinstance(outcome, GradDelta):
-            frame = Frame(Kind.GRAD_DELTA, self.id, backward, step, stream, outcome.layer)
-            if outcome.awaits_u:
-                active.due = Due(Kind.GRAD_ENCODED, backward, outcome.layer, self.spec.encoded_shape(n))
-            else:
-                self.passes.pop(key, None)
-            return frame.with_array(to_array(outcome.dv, self.dtype), self.dtype)
-        assert isinstance(outcome, GradInput)
-        self.passes.pop(key, None)
-        frame = Frame(Kind.GRAD_HIDDEN, self.id, backward, step, stream)
-        return frame.with_array(to_array(outcome.dh, self.dtype), self.dtype)
+    def _tell(self, active: ActivePass, place: int, waiting: int) -> None:
+        """QUEUED: the pass has no memory yet."""
+        frame = control_frame(Kind.QUEUED, Queued(place=place, waiting=waiting), self.id)
+        frame.step, frame.stream = active.key
+        self.send(frame.pack(), b"")
+
+    # -- frames that go ------------------------------------------------------------------------------------------------
+
+    def reply(self, one: Pass, reply: Reply) -> None:
+        """The engine has something for the device."""
+        active, way = self._of[one], one.way
+        step, stream = active.key
+        active.replied_at = time.perf_counter()
+        self._computing(-1)
+        phase = Phase.BACKWARD if one.way is Way.BACKWARD else active.phase
+        header = pack_header(reply.kind, phase, self.dtype, reply.shape, self.id, step, stream, reply.layer)
+        if reply.due is None:
+            del self.passes[active.key], self._of[one]
+            one.forget()
+            self.resources.memory.give(active.held_bytes)
+        else:
+            active.due = reply.due
+            if reply.due.point.way is Way.BACKWARD:
+                one.way = Way.BACKWARD
+            due_phase, layer = self._phase_and_layer(active, reply.due)
+            expected = pack_header(reply.due.kind, due_phase, self.dtype, reply.due.shape, self.id, step, stream, layer)
+            self._due[expected] = active
+        if one.way is not way or reply.due is None:  # this way through the layers is over
+            counted = self.engine.counted
+            counted.pass_seconds[way].observe(active.replied_at - active.began_at)
+            counted.tokens[way] += one.n
+            active.began_at = active.replied_at
+        self.spend(0, len(reply.data))
+        self.send(header, reply.data)
+
+    def fail(self, error: BaseException) -> None:
+        """One of the passes cannot go on, and with it the session."""
+        if not self.closed:
+            self.ended(error)
+
+    def _phase_and_layer(self, active: ActivePass, due: Due) -> tuple[Phase, int]:
+        phase = Phase.BACKWARD if due.point.way is Way.BACKWARD else active.phase
+        return phase, NO_LAYER if due.kind is Kind.GRAD_HIDDEN else due.point.layer
+
+    def _is_due(self, frame: Frame, active: ActivePass, due: Due) -> bool:
+        return (frame.kind, frame.phase, frame.layer) == (due.kind, *self._phase_and_layer(active, due))
+
+    # -- checks --------------------------------------------------------------------------------------------------------
 
     def _release(self, frame: Frame) -> None:
         """Drop KV caches by sequence number."""
         for sequence in frame.spans[:, 0].tolist():
-            self.caches.pop(sequence, None)
+            if any(sequence in active.sequences for active in self.passes.values()):
+                raise ProtocolError(f"sequence {sequence} is under way in a pass; wait for its result, then release it")
+            cache = self.caches.pop(sequence, None)
+            if cache is not None:
+                held = cache.nbytes
+                cache.release()
+                self.resources.memory.give(held)
+        self.engine.scheduler.leave(self.account)  # no next token is awaited
 
     def _check_spans(
         self, sequences: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...], phase: Phase
@@ -247,17 +377,16 @@ class Session:
             if phase is Phase.GENERATE and sequence in busy:
                 raise ProtocolError(f"sequence {sequence} is under way in another pass; wait for its result")
 
-    def _caches_for(self, sequences: tuple[int, ...]) -> list[KVCache]:
+    def _caches_for(self, sequences: tuple[int, ...]) -> tuple[KVCache, ...]:
         fresh = [sequence for sequence in sequences if sequence not in self.caches]
         if len(self.caches) + len(fresh) > self.limits.max_sequences:
             raise ProtocolError(
                 f"{len(self.caches) + len(fresh)} sequences are over the limit of {self.limits.max_sequences}; "
                 "release some"
             )
-        layers = self.placement.cloud_layers(self.backbone.config.num_layers)
         for sequence in fresh:
-            self.caches[sequence] = KVCache(self.backbone.config, layers, self.backbone.dtype, self.backbone.device)
-        return [self.caches[sequence] for sequence in sequences]
+            self.caches[sequence] = KVCache(self.resources.pool)
+        return tuple(self.caches[sequence] for sequence in sequences)
 
     def _rows(self, frame: Frame, lengths: tuple[int, ...]) -> torch.Tensor | None:
         """Rows of the result that the device asked for; None for all of them."""
@@ -279,5 +408,9 @@ class Session:
                 f"{self.dtype.name} of shape {shape} is due"
             )
 
-    def _tensor(self, frame: Frame) -> torch.Tensor:
-        return to_tensor(frame.array(), self.dtype, self.backbone.dtype, self.backbone.device)
+
+def _way(phase: Phase, single: bool) -> Way:
+    """What a pass of this phase is for; `single`: it has one token a sequence."""
+    if phase is Phase.GENERATE:
+        return Way.DECODE if single else Way.PREFILL
+    return Way.SCORE if phase is Phase.SCORE else Way.TRAIN

@@ -1,8 +1,8 @@
 """A ragged batch: sequences of unequal lengths laid end to end as (n, d) rows, without padding.
 
 `Ragged` says which rows belong to which sequence and where each sequence stands in its context; from it follow the
-rotary rows and the attention blocks, computed once and used by every layer. `KVCache` keeps the keys and values of one
-sequence. Service and device make these from the spans of a frame, and `layer.py` consumes them.
+rotary rows and the attention blocks, computed once and used by every layer. Service and device make it from the spans
+of a frame and the sequences' caches (`kv.py`), and `layer.py` consumes it.
 """
 
 from __future__ import annotations
@@ -11,48 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from privatelora.decoder import kernels
 from privatelora.decoder.config import ModelConfig
+from privatelora.decoder.kv import KVCache, KVPool
 from privatelora.decoder.rotary import RotaryTables
 
 QUERY_BLOCK = 128  # rows of queries scored at once: bounds the score matrix, and skips keys that causality hides
-CACHE_BLOCK = 64  # tokens by which a KV cache grows, at least
-
-
-class KVCache:
-    """Keys and values of one sequence for a range of layers; `length` tokens are complete in all of them."""
-
-    def __init__(
-        self, config: ModelConfig, layers: range, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        self.layers = layers
-        self.length = 0
-        self._kv = torch.empty((2, len(layers), config.num_kv_heads, 0, config.head_dim), dtype=dtype, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        return self._kv.nbytes
-
-    def append(self, layer: int, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Write k, v (n, kv_heads, head_dim) at `start`; return keys and values so far, (kv_heads, T, head_dim)."""
-        slot, end = layer - self.layers.start, start + k.shape[0]
-        if end > self._kv.shape[3]:
-            self._grow(end)
-        keys, values = self._kv[0, slot], self._kv[1, slot]
-        keys[:, start:end] = k.transpose(0, 1)
-        values[:, start:end] = v.transpose(0, 1)
-        return keys[:, :end], values[:, :end]
-
-    def _grow(self, tokens: int) -> None:
-        """Make room for `tokens` in all, and half as many again as there were."""
-        capacity = self._kv.shape[3]
-        wanted = max(tokens, capacity + capacity // 2)
-        wanted += -wanted % CACHE_BLOCK
-        grown = self._kv.new_empty((*self._kv.shape[:3], wanted, self._kv.shape[4]))
-        grown[:, :, :, : self.length] = self._kv[:, :, :, : self.length]
-        self._kv = grown
 
 
 @dataclass(frozen=True)
@@ -62,7 +30,7 @@ class Block:
     rows: slice  # within the sequence
     first_key: int
     last_key: int
-    mask: Tensor | None  # (group * rows, keys) added to the scores; None: every key is visible
+    mask: Tensor  # (group * rows, keys) added to the scores
 
 
 @dataclass(frozen=True)
@@ -74,6 +42,21 @@ class Group:
     length: int
 
 
+@dataclass(frozen=True)
+class CachedTokens:
+    """A batch in which every row is the one new token of a sequence in `pool`.
+
+    blocks : (n, m) int32, the blocks of each row's sequence, in order; what is beyond its last is not read.
+    positions : (n,) int32, the new token's.
+    compiled : whether the compiled kernel can attend to them.
+    """
+
+    pool: KVPool
+    blocks: Tensor
+    positions: Tensor
+    compiled: bool
+
+
 class Ragged:
     """Which rows of a batch belong to which sequence, and where each sequence stands.
 
@@ -81,7 +64,9 @@ class Ragged:
     ----------
     lengths : new tokens of each sequence; their sum is n.
     starts : position of each sequence's first new token, which is how many tokens its cache holds.
-    caches : one KV cache a sequence, or None where whole sequences are processed and nothing is kept.
+    caches : one KV cache a sequence, all of one pool, in which room is taken for the new tokens; None where whole
+        sequences are processed and nothing is kept.
+    tokens : how the rows lie in the pool if each is the one new token of a sequence, else None.
     """
 
     def __init__(
@@ -96,25 +81,38 @@ class Ragged:
         self.lengths = tuple(lengths)
         self.starts = tuple(starts) if starts is not None else (0,) * len(self.lengths)
         self.caches = tuple(caches) if caches is not None else None
-        self.cos, sin = tables.rows(self.positions())  # (n, head_dim)
+        self.n = sum(self.lengths)
+        for cache, start, length in zip(self.caches or (), self.starts, self.lengths, strict=False):
+            cache.reserve(start + length)
+        positions = self.positions()
+        self.cos, sin = tables.rows(positions)  # (n, head_dim)
         left, right = sin.chunk(2, dim=-1)
         self.signed_sin = torch.cat((-left, right), dim=-1)  # as `functions.rotate` takes it
+        self.tokens = self._tokens(positions)
         self.groups = self._groups()
         self._blocks: dict[tuple[int, int | None], list[Block]] = {}
 
-    @property
-    def n(self) -> int:
-        return sum(self.lengths)
-
     def positions(self) -> Tensor:
         """Position of every row, (n,)."""
-        if len(self.lengths) == 1:
-            return torch.arange(self.starts[0], self.starts[0] + self.lengths[0])
-        return torch.cat([torch.arange(s, s + n) for s, n in zip(self.starts, self.lengths, strict=True)])
+        lengths, starts = np.array(self.lengths), np.array(self.starts)
+        before = np.cumsum(lengths) - lengths  # rows of the sequences before each
+        return torch.from_numpy(np.arange(self.n) + np.repeat(starts - before, lengths))
 
     def last_rows(self) -> Tensor:
         """Row of each sequence's last token."""
         return torch.tensor(self.lengths).cumsum(0) - 1
+
+    def _tokens(self, positions: Tensor) -> CachedTokens | None:
+        if self.caches is None or self.n > len(self.lengths):
+            return None
+        pool = self.caches[0].pool
+        widest = max(len(cache.blocks) for cache in self.caches)
+        blocks = np.zeros((self.n, widest), np.int32)
+        for row, cache in enumerate(self.caches):
+            blocks[row, : len(cache.blocks)] = cache.blocks
+        device = pool.store.device
+        compiled = kernels.available(pool.store.dtype, device.type)
+        return CachedTokens(pool, torch.from_numpy(blocks).to(device), positions.to(device, torch.int32), compiled)
 
     def _groups(self) -> list[Group]:
         """Sequences with a cache stand alone: their keys lie apart."""
@@ -140,8 +138,6 @@ class Ragged:
     def _block(self, rows: slice, start: int, window: int | None) -> Block:
         first_key = max(0, start + rows.start - window + 1) if window else 0
         last_key = start + rows.stop
-        if rows.stop - rows.start == 1:
-            return Block(rows, first_key, last_key, None)
         at = torch.arange(start + rows.start, start + rows.stop)[:, None]  # (rows, 1)
         key = torch.arange(first_key, last_key)[None, :]  # (1, keys)
         hidden = key > at

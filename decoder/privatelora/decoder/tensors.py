@@ -30,4 +30,6 @@ def to_tensor(array: Array, dtype: WireDtype, compute: torch.dtype, device: torc
     tensor = torch.from_numpy(np.require(array, requirements="W"))  # copies only what is read-only
     if dtype is WireDtype.BFLOAT16:
         tensor = tensor.view(torch.bfloat16)
-    return tensor.to(device, compute)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, compute, non_blocking=True)

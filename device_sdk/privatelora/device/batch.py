@@ -1,18 +1,20 @@
 """A training or scoring batch: examples laid end to end as rows, as every pass takes them.
 
-From `data.Example`s; `session.py` embeds its tokens, sends its spans, and computes the loss of its labelled rows.
+From `data.Example`s; `split.py` cuts it into micro-batches, embeds their tokens, sends their spans, and computes the
+loss of their labelled rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from privatelora.device.data import IGNORE, Example
-from privatelora.device.exchange import Span
+from privatelora.device.stream import Span
 from privatelora.protocol.errors import ConfigurationError, DataError
 
 
@@ -49,6 +51,29 @@ class Batch:
                 group = []
             group.append(example)
         yield cls.of(group)
+
+    def cut(self, count: int) -> list[Batch]:
+        """At most `count` micro-batches of whole sequences in order, about equal in tokens."""
+        if count < 2:
+            return [self]
+        ends = list(accumulate(self.lengths))
+        part = [
+            int((end - n / 2) * count / ends[-1]) for n, end in zip(self.lengths, ends, strict=True)
+        ]  # by its middle
+        firsts = [i for i in range(len(part)) if i == 0 or part[i] != part[i - 1]]
+        return [self._of_sequences(first, end) for first, end in pairwise([*firsts, len(part)])]
+
+    def _of_sequences(self, first: int, end: int) -> Batch:
+        """The sequences from number `first` to before number `end`."""
+        begin, stop = sum(self.lengths[:first]), sum(self.lengths[:end])
+        inside = (self.rows >= begin) & (self.rows < stop)
+        return Batch(
+            self.tokens[begin:stop],
+            self.lengths[first:end],
+            self.rows[inside] - begin,
+            self.labels[inside],
+            self.keys[first:end],
+        )
 
     def spans(self) -> list[Span]:
         return [Span(number, 0, length) for number, length in enumerate(self.lengths)]

@@ -6,6 +6,7 @@ From: the command line and `PRIVATELORA_*` variables. To: the one `DeviceSession
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -103,6 +104,7 @@ class Common:
             passphrase=passphrase,
             allow_plain=self.allow_plain,
             ca_file=self.ca_file,
+            on_wait=say_place,
         )
 
 
@@ -125,6 +127,13 @@ def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[...
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
+
+
+def say_place(place: int, waiting: int) -> None:
+    """One line on stderr, while a busy service has no room yet."""
+    teens = place % 100 in (11, 12, 13)
+    ending = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    print(f"waiting for a place: {place}{ending} of {waiting}", file=sys.stderr, flush=True)
 
 
 def _rank(text: str | None) -> int | tuple[int, int] | None:

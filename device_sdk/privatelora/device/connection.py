@@ -2,13 +2,15 @@
 
 The protocol state machine is the `websockets` package's sans-I/O client on a plain socket: a device does one thing at a
 time, and no event loop or reader thread stands between it and the next frame. Every way in which the network can fail
-surfaces as `ConnectionLostError`; an ERROR frame surfaces as the error that the service raised.
+surfaces as `ConnectionLostError`; an ERROR frame surfaces as the error that the service raised, and QUEUED goes to the
+owner's `on_wait` while the wait goes on.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -21,9 +23,12 @@ from websockets.uri import parse_uri
 
 from privatelora.protocol.errors import ConnectionLostError, PrivateLoraError, ProtocolError
 from privatelora.protocol.frames import Frame, Kind
-from privatelora.protocol.messages import ErrorInfo, parse
+from privatelora.protocol.messages import ErrorInfo, Queued, parse
 
 RECEIVE_BYTES = 1 << 18
+
+OnWait = Callable[[int, int], None]
+"""place (1 is next) and how many wait, whenever the service says that there is no room yet"""
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Connection:
     ----------
     url : ws:// or wss:// URL of the data plane.
     count : where bytes are added up; it outlives the connection.
-    timeout_s : the longest silence while an answer is due.
+    timeout_s : the longest silence while an answer is due; QUEUED ends a silence.
     """
 
     def __init__(
@@ -62,8 +67,9 @@ class Connection:
         timeout_s: float,
         max_message_bytes: int,
         tls: ssl.SSLContext | None = None,
+        on_wait: OnWait | None = None,
     ) -> None:
-        self.count = count
+        self.count, self._on_wait = count, on_wait
         self._protocol = ClientProtocol(parse_uri(url), max_size=max_message_bytes)
         self._messages: list[bytes] = []
         self._partial = bytearray()
@@ -100,13 +106,11 @@ class Connection:
         self.count.overhead_up += len(data) - frame.payload_bytes
 
     def receive(self) -> Frame:
-        """Wait for the next frame; an ERROR frame is raised as the error that it carries."""
-        while not self._messages:
-            self._pump()
-        data = self._messages.pop(0)
-        frame = Frame.unpack(data)
-        self.count.payload_down += frame.payload_bytes
-        self.count.overhead_down += len(data) - frame.payload_bytes
+        """Wait for the next frame, in a queue if need be; an ERROR frame is raised as the error that it carries."""
+        while (frame := self._next()).kind is Kind.QUEUED:
+            queued = parse(frame.payload, Queued)
+            if self._on_wait is not None:
+                self._on_wait(queued.place, queued.waiting)
         if frame.kind is Kind.ERROR:
             raise parse(frame.payload, ErrorInfo).to_error()
         return frame
@@ -122,6 +126,16 @@ class Connection:
             pass  # the other end is gone, which is what closing is for
         finally:
             self._socket.close()
+
+    def _next(self) -> Frame:
+        """The next frame of any kind, counted."""
+        while not self._messages:
+            self._pump()
+        data = self._messages.pop(0)
+        frame = Frame.unpack(data)
+        self.count.payload_down += frame.payload_bytes
+        self.count.overhead_down += len(data) - frame.payload_bytes
+        return frame
 
     def _handshake(self, token: str) -> None:
         request = self._protocol.connect()

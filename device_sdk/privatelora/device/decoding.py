@@ -11,10 +11,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from privatelora.decoder.ragged import KVCache, Ragged
+from privatelora.decoder.kv import KVCache
+from privatelora.decoder.ragged import Ragged
 from privatelora.device.adapters import Adapter
-from privatelora.device.exchange import RemoteLayers, Span
+from privatelora.device.exchange import RemoteLayers
 from privatelora.device.model import DeviceModel
+from privatelora.device.stream import Span
 from privatelora.device.threads import one_thread
 from privatelora.protocol.frames import Phase
 
@@ -27,14 +29,20 @@ class Decoding:
 
     def __init__(self, model: DeviceModel, remote: RemoteLayers, adapter: Adapter, history: list[int]) -> None:
         self.model, self.remote, self.adapter, self.history = model, remote, adapter, history
+        self.first, self.last = model.caches()
         self.restart()
 
     def restart(self) -> None:
         """Forget every cache: the next pass prefills the whole history under a new number."""
+        self.close()
         self.sequence = self.remote.new_sequence()
-        self.first, self.last = self.model.caches()
         self.done = 0  # tokens of the history that the caches hold
         self.session = 0  # the service's session that they belong to
+
+    def close(self) -> None:
+        """Give the device's own caches back; those of the service are `RemoteLayers.release`'s."""
+        self.first.release()
+        self.last.release()
 
     @torch.inference_mode()
     def next_logits(self) -> Tensor:
@@ -56,7 +64,7 @@ class Decoding:
         """Run new tokens (n,) through every layer: what the LM head takes of the last, (1, d)."""
         model, span = self.model, Span(self.sequence, self.done, len(fresh))
         h = model.enter(fresh, self._ragged(span, self.first), self.adapter)
-        h, _ = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
+        h = self.remote.forward(h, [span], Phase.GENERATE, self.adapter, torch.tensor([len(fresh) - 1]))
         rows = torch.tensor([h.shape[0] - 1])
         return model.leave(h, self._ragged(Span(0, self.done, h.shape[0]), self.last), self.adapter, rows)
 

@@ -29,20 +29,23 @@ class HeadCrossEntropy:
         self._rows = max(1, BLOCK_BYTES // (4 * len(head)))
         self._buffers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def mean(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean nats of labels (n,) under logits x head^T, differentiable in x (n, d)."""
-        gradient = torch.empty_like(x)
-        nats = self._nats(x.detach(), labels, gradient) / len(x)
+    def mean(self, x: Tensor, labels: Tensor, of: int | None = None) -> Tensor:
+        """Mean nats of labels (n,) under logits x head^T, differentiable in x (n, d).
+
+        Where these are some of `of` labels, it is their share of the mean over all of those.
+        """
+        gradient, of = torch.empty_like(x), of or len(x)
+        nats = self._nats(x.detach(), labels, gradient, of) / of
         loss: Tensor = _Differentiated.apply(x, nats, gradient)  # type: ignore[no-untyped-call]  # torch leaves it bare
         return loss
 
     def total(self, x: Tensor, labels: Tensor) -> float:
         """Sum of nats of labels (n,) under logits x head^T."""
-        return float(self._nats(x, labels, None))
+        return float(self._nats(x, labels))
 
     @torch.no_grad()
-    def _nats(self, x: Tensor, labels: Tensor, gradient: Tensor | None) -> Tensor:
-        """Sum of nats; `gradient` receives that of their mean in x."""
+    def _nats(self, x: Tensor, labels: Tensor, gradient: Tensor | None = None, of: int = 1) -> Tensor:
+        """Sum of nats; `gradient` receives that of their share of a mean over `of` labels, in x."""
         nats = torch.zeros(())
         for first in range(0, len(x), self._rows):
             rows = slice(first, first + self._rows)
@@ -56,7 +59,7 @@ class HeadCrossEntropy:
             if gradient is None:
                 continue
             try:
-                seed.scatter_(1, wanted[:, None], -1 / len(x))  # dL/d log_p, zero elsewhere
+                seed.scatter_(1, wanted[:, None], -1 / of)  # dL/d log_p, zero elsewhere
                 torch._log_softmax_backward_data(seed, log_p, -1, torch.float32, out=logits)  # as in torch 2.13
             finally:  # an interrupted pass leaves zeros as well
                 seed.scatter_(1, wanted[:, None], 0.0)

@@ -8,6 +8,7 @@ The parts are downloaded once by hash (`service.py`) and run through `privatelor
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +21,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from privatelora.decoder.config import ModelConfig, load_config
 from privatelora.decoder.functions import rms_norm
+from privatelora.decoder.kv import KVCache, KVPool
 from privatelora.decoder.layer import run_layer
 from privatelora.decoder.linear import Linear
-from privatelora.decoder.ragged import KVCache, Ragged
+from privatelora.decoder.ragged import Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights, load_embedding, load_final, load_layer
 from privatelora.device.adapters import Adapter
 from privatelora.device.service import Service
 from privatelora.protocol.placement import Placement
+
+FIRST_BLOCKS = 64  # of a device's KV pools, which grow: 1024 tokens
 
 
 class DeviceModel:
@@ -45,6 +49,9 @@ class DeviceModel:
         depth = self.config.num_layers
         self.first = range(placement.first)
         self.last = range(depth - placement.last, depth)
+        self._first_pool, self._last_pool = (
+            KVPool(self.config, layers, FIRST_BLOCKS, self.dtype, grows=True) for layers in (self.first, self.last)
+        )
         self.layers: dict[int, LayerWeights] = {
             l: load_layer(service.download(parts[f"layer.{l}"]), self.config) for l in (*self.first, *self.last)
         }
@@ -60,8 +67,8 @@ class DeviceModel:
         return Ragged(self.config, self.tables, lengths, starts, caches)
 
     def caches(self) -> tuple[KVCache, KVCache]:
-        """Empty caches of one sequence, for the first and for the last layers."""
-        return KVCache(self.config, self.first, self.dtype), KVCache(self.config, self.last, self.dtype)
+        """Empty caches of one sequence, for the first and for the last layers; whoever takes them releases them."""
+        return KVCache(self._first_pool), KVCache(self._last_pool)
 
     def enter(self, tokens: Tensor, ragged: Ragged, adapter: Adapter) -> Tensor:
         """Tokens (n,) to h_first (n, d)."""
@@ -105,8 +112,10 @@ def load_tokenizer(service: Service) -> PreTrainedTokenizerBase:
         if "." in name and not name.startswith("layer."):
             link = folder / Path(name).name
             if not link.exists():
-                link.unlink(missing_ok=True)
-                link.symlink_to(service.download(blob).resolve())
+                with tempfile.TemporaryDirectory(dir=folder) as fresh:  # another process may make the same link now
+                    made = Path(fresh) / link.name
+                    made.symlink_to(service.download(blob).resolve())
+                    made.replace(link)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
 

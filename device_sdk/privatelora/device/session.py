@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from privatelora.device.adapters import Adapter
 from privatelora.device.batch import Batch
+from privatelora.device.connection import OnWait
 from privatelora.device.data import Dataset, Example, LocalData, chat_renderer, load_examples
 from privatelora.device.data_rows import ChatRow, checked_messages
 from privatelora.device.exchange import RemoteLayers
@@ -75,7 +76,10 @@ class DeviceSession:
     wire_dtype : element type of what crosses; the model's own by default.
     passphrase : encrypts the local store.
     allow_plain : permit http:// to another machine.
+    micro_batches : how many a training or scoring batch is cut into, so that one is computed while another's exchange
+        travels; None is one for every 512 tokens or so. Loss and gradients are the whole batch's, to rounding.
     retry_s : how long to go on reconnecting before `ConnectionLostError` is raised.
+    on_wait : called with place and number waiting while the service has no room yet; what it raises ends the wait.
     """
 
     def __init__(
@@ -98,9 +102,13 @@ class DeviceSession:
         cache_dir: str | Path | None = None,
         allow_plain: bool = False,
         ca_file: str | Path | None = None,
+        micro_batches: int | None = None,
         timeout_s: float = 60.0,
         retry_s: float = 60.0,
+        on_wait: OnWait | None = None,
     ) -> None:
+        if micro_batches is not None and micro_batches < 1:
+            raise ConfigurationError(f"micro_batches {micro_batches} must be 1 or more, or None")
         options = Options(placement, adapter, rank, m_kind, m_hidden, lora_rank, lora_alpha, seed, wire_dtype)
         self.service = Service(
             server, token, allow_plain=allow_plain, ca_file=ca_file, cache_dir=cache_dir, timeout_s=timeout_s
@@ -117,10 +125,10 @@ class DeviceSession:
             self.adapter = Adapter(self.config, self.placement, self.settings)
             self.optimizer = torch.optim.AdamW(list(self.adapter.parameters()) or [torch.zeros(())], weight_decay=0.0)
             self.remote = RemoteLayers(
-                self.service, self.placement, self.settings, self.identity.set_hash, wire, self.model.dtype
+                self.service, self.placement, self.settings, self.identity.set_hash, wire, self.model.dtype, on_wait
             )
             self.replay = Replay(self.remote, retry_s)
-            self.split = SplitModel(self.model, self.remote, self.adapter)
+            self.split = SplitModel(self.model, self.remote, self.adapter, micro_batches)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.service)
             self._end_tokens = end_tokens(self.config.hf, self.tokenizer)
             self.progress: dict[str, Any] = {}
@@ -369,4 +377,5 @@ class DeviceSession:
                 history.append(token)
                 yield token
         finally:
+            decoding.close()
             self.replay.release([decoding.sequence])

@@ -1,6 +1,6 @@
 """How many of torch's threads the device's own work uses: one, wherever the work is short and a service waits for it.
 
-`exchange.py` runs M so, and `decoding.py` whatever a single new token needs.
+`stream.py` runs M so, and `decoding.py` whatever a single new token needs.
 """
 
 from __future__ import annotations

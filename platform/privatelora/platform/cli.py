@@ -120,8 +120,28 @@ def backbone(
     max_sessions: Annotated[
         int | None, typer.Option(help="Sessions at one time.", rich_help_panel=SESSION_PANEL)
     ] = None,
+    max_waiting: Annotated[
+        int | None,
+        typer.Option(help="Devices that may wait for a session, and passes for memory.", rich_help_panel=SESSION_PANEL),
+    ] = None,
+    memory_mb: Annotated[
+        int | None,
+        typer.Option(help="MiB for KV caches and training activations.", rich_help_panel=SESSION_PANEL),
+    ] = None,
+    kept_layers: Annotated[
+        int | None,
+        typer.Option(help="Layers whose training activations are kept.", rich_help_panel=SESSION_PANEL),
+    ] = None,
+    park_after_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds of silence that give a device's memory to others.", rich_help_panel=SESSION_PANEL),
+    ] = None,
     idle_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds of silence that end a session.", rich_help_panel=SESSION_PANEL)
+    ] = None,
+    drain_s: Annotated[
+        float | None,
+        typer.Option(help="Seconds that running passes get at a stop.", rich_help_panel=SESSION_PANEL),
     ] = None,
     busy_poll_ms: Annotated[
         float | None,
@@ -151,7 +171,12 @@ def backbone(
             "placements": placements,
             "default_placement": default_placement,
             "max_sessions": max_sessions,
+            "max_waiting": max_waiting,
+            "memory_mb": memory_mb,
+            "kept_layers": kept_layers,
+            "park_after_s": park_after_s,
             "idle_timeout_s": idle_timeout_s,
+            "drain_s": drain_s,
             "busy_poll_ms": busy_poll_ms,
             "log_level": log_level,
             "log_format": log_format,

@@ -24,7 +24,8 @@ import uvicorn
 
 from privatelora.cloud.admission import TokenAdmission, local_token
 from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.endpoint import DataPlane, DataPlaneSettings, server
+from privatelora.cloud.endpoint import server
+from privatelora.cloud.plane import DataPlane, DataPlaneSettings
 from privatelora.platform.models import source_of
 from privatelora.platform.settings import Settings
 from privatelora.protocol.errors import ConfigurationError
@@ -150,7 +151,12 @@ def _data_plane_settings(settings: Settings, depth: int) -> DataPlaneSettings:
         placements=tuple(allowed),
         default_placement=Placement.parse(settings.default_placement, depth).describe(depth),
         max_sessions=settings.max_sessions,
+        max_waiting=settings.max_waiting,
+        memory_bytes=settings.memory_mb << 20 if settings.memory_mb is not None else None,
+        kept_layers=settings.kept_layers,
+        park_after_s=settings.park_after_s,
         idle_timeout_s=settings.idle_timeout_s,
+        drain_s=settings.drain_s,
         torch_threads=settings.torch_threads,
         busy_poll_ms=settings.busy_poll_ms,
     )

@@ -52,7 +52,18 @@ class Settings(BaseSettings):
         default=(*NAMES, "custom"), description="placements that sessions may use; custom allows any that fits"
     )
     max_sessions: int = Field(default=64, ge=1, description="sessions at one time")
+    max_waiting: int = Field(default=64, ge=0, description="devices that may wait for a session, and passes for memory")
+    memory_mb: int | None = Field(
+        default=None, ge=1, description="MiB for KV caches and training activations; unset is half of what is free"
+    )
+    kept_layers: int | None = Field(
+        default=None, ge=0, description="layers, from the last, whose training activations are kept; unset is all"
+    )
+    park_after_s: float = Field(
+        default=30.0, gt=0, description="seconds of silence after which a device's memory may go to others"
+    )
     idle_timeout_s: float = Field(default=600.0, gt=0, description="seconds of silence after which a session ends")
+    drain_s: float = Field(default=10.0, ge=0, description="seconds that running passes get to finish in at a stop")
     torch_threads: int | None = Field(default=None, ge=1, description="threads of one matmul; unset is torch's choice")
     busy_poll_ms: float = Field(
         default=1.0, ge=0, le=20, description="milliseconds to stay awake for a device that answers within them"

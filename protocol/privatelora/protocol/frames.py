@@ -29,6 +29,7 @@ from privatelora.protocol.errors import IncompatibleError, ProtocolError
 VERSION = 1
 MAGIC = b"PL"
 HEADER = struct.Struct("<2sBBBBBBQIHH4III")
+KIND_AT = 3  # where the kind stands in the header
 NO_LAYER = 0xFFFF
 MAX_DIMS = 4
 MAX_CONTROL_BYTES = 64 * 1024
@@ -46,6 +47,7 @@ class Kind(IntEnum):
     ERROR = 3  # down, JSON `ErrorInfo`; the session ends
     CLOSE = 4  # either way, empty; the session ends in peace
     RELEASE = 5  # up, spans name sequences whose KV cache is dropped
+    QUEUED = 6  # down, JSON `Queued`; what the device waits for comes later
     HIDDEN = 16  # up h_first, down h_{L-last}, (n, d)
     ENCODED = 17  # down u, (n, E, r_down)
     DELTA = 18  # up v, (n, 3, r_up)
@@ -105,24 +107,10 @@ class Frame:
 
     def pack(self) -> bytes:
         """The frame as bytes."""
-        ndim = len(self.shape)
-        header = HEADER.pack(
-            MAGIC,
-            VERSION,
-            self.kind,
-            self.phase,
-            self.dtype,
-            ndim,
-            self.selection,
-            self.session,
-            self.step,
-            self.stream,
-            self.layer,
-            *self.shape,
-            *(0,) * (MAX_DIMS - ndim),
-            len(self.spans),
-            len(self.outputs),
-        )
+        header = pack_header(
+            self.kind, self.phase, self.dtype, self.shape, self.session, self.step, self.stream, self.layer,
+            self.selection, len(self.spans), len(self.outputs),
+        )  # fmt: skip
         if not len(self.spans) and not len(self.outputs):
             return b"".join((header, self.payload))
         spans, outputs = self.spans.astype("<u4", copy=False), self.outputs.astype("<u4", copy=False)
@@ -174,3 +162,23 @@ class Frame:
             frame.outputs = np.frombuffer(data, "<u4", outputs, HEADER.size + 12 * spans)
         frame.payload = memoryview(data)[start:]
         return frame
+
+
+def pack_header(
+    kind: Kind,
+    phase: Phase,
+    dtype: WireDtype,
+    shape: tuple[int, ...],
+    session: int,
+    step: int,
+    stream: int,
+    layer: int,
+    selection: Selection = Selection.ALL,
+    spans: int = 0,
+    outputs: int = 0,
+) -> bytes:
+    """A frame's first 48 bytes: all of an exchange's that both ends know before it comes."""
+    sizes = (*shape, 0, 0, 0, 0)[:MAX_DIMS]
+    return HEADER.pack(
+        MAGIC, VERSION, kind, phase, dtype, len(shape), selection, session, step, stream, layer, *sizes, spans, outputs
+    )

@@ -1,4 +1,4 @@
-"""What is said in JSON: the announcement at `GET /v1/info`, and the control messages OPEN, OPENED and ERROR.
+"""What is said in JSON: the announcement at `GET /v1/info`, and the control messages OPEN, QUEUED, OPENED and ERROR.
 
 msgspec structs, so that both ends check types and bounds by the same declaration; `parse` turns a failed check into a
 `ProtocolError` that names the field.
@@ -89,6 +89,13 @@ class Opened(msgspec.Struct, frozen=True, kw_only=True):
     """OPENED: the session exists; every later frame carries its id."""
 
     session: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Queued(msgspec.Struct, frozen=True, kw_only=True):
+    """QUEUED: there is no room yet for this session, or for the pass that it began; nothing is to be done but wait."""
+
+    place: Annotated[int, msgspec.Meta(ge=1)]  # 1 is next
+    waiting: Annotated[int, msgspec.Meta(ge=1)]  # how many wait, this one among them
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,7 +2,5 @@
 
 import os
 
-import torch  # noqa: F401 (before privatelora.device, whose settings for OpenMP would slow transformers' side)
-
 ENVIRONMENT = dict(os.environ)
 """As the command was started with: what services and other processes get, whatever imports add."""

@@ -13,12 +13,13 @@ from typing import Annotated
 import typer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import quality, speed
+from benchmarks import curve, decoding, quality, speed, training
 from benchmarks.rows import OUTPUT, Row, show, write
 from benchmarks.workbench import Workbench
 
-MODULES = (speed, quality)
+MODULES = (speed, decoding, training, curve, quality)
 NAMES = [name for module in MODULES for name in module.TARGETS]
+ALIASES = {"generate_vs_transformers": "decode_1"}  # what rows were called before
 PATH = OUTPUT / "bench.json"
 
 
@@ -26,7 +27,7 @@ def main(
     only: Annotated[str, typer.Option(help="Names of rows, with commas between; all of them unless set.")] = "",
 ) -> None:
     """Measure this project's figures on this machine."""
-    names = [name.strip() for name in only.split(",") if name.strip()] or NAMES
+    names = [ALIASES.get(name.strip(), name.strip()) for name in only.split(",") if name.strip()] or NAMES
     if unknown := [name for name in names if name not in NAMES]:
         raise typer.BadParameter(f"no row is called {', '.join(unknown)}; the rows are {', '.join(NAMES)}")
     signal.signal(signal.SIGTERM, _terminated)

@@ -7,22 +7,26 @@ left behind; the adapter sets are computed once and serve both dtypes.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
-import torch
+import httpx2 as httpx
+import torch  # before privatelora.device, whose settings for OpenMP would slow transformers' side
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import ENVIRONMENT
-from benchmarks.rows import Unmeasured
+from benchmarks.rows import ROOT, Unmeasured
 from privatelora.device import DeviceSession
 from privatelora.platform.models import BUNDLED, source_of
 
@@ -30,12 +34,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STOP_S = 10.0  # what a service gets to end in before it is killed
+MAX_SESSIONS = 160  # of each service: more than any row needs
+PINGS = 10
 
 
 @dataclass(frozen=True)
 class Address:
+    """Where a service is, and its process; `rtt_ms` is what was measured where there is a network between."""
+
     url: str
     token: str
+    pid: int
+    rtt_ms: float = 0.0
 
 
 class Workbench:
@@ -46,6 +56,7 @@ class Workbench:
         self.threads = torch.get_num_threads()
         self._stack = ExitStack()
         self._addresses: dict[str, Address] = {}
+        self._far: dict[tuple[str, float], Address] = {}
         self._models: dict[str, PreTrainedModel] = {}
         self._sessions = 0
 
@@ -63,6 +74,11 @@ class Workbench:
         """Folder of the services: published weights and adapter sets."""
         return self.folder / "service"
 
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of what devices download."""
+        return self.folder / "cache"
+
     def say(self, text: str) -> None:
         """Report progress on stderr."""
         self.console.print(text, markup=False)
@@ -70,14 +86,14 @@ class Workbench:
     @contextmanager
     def session(self, dtype: str, **settings: Any) -> Iterator[DeviceSession]:
         """A new device, without a past, connected to the service of that dtype."""
-        at = self._address(dtype)
+        at = self.address(dtype)
         self._sessions += 1
         with DeviceSession(
             at.url,
             token=at.token,
             name=f"bench-{self._sessions}",
             store_dir=self.folder / "store",
-            cache_dir=self.folder / "cache",
+            cache_dir=self.cache_dir,
             **settings,
         ) as session:
             yield session
@@ -104,11 +120,19 @@ class Workbench:
             del config.quantization_config
         return config, read.state_dict()
 
-    def _address(self, dtype: str) -> Address:
+    def address(self, dtype: str) -> Address:
+        """Where the service of that dtype is, which starts if it has not."""
         if dtype not in self._addresses:
             self.say(f"starting the {dtype} service")
             self._addresses[dtype] = self._stack.enter_context(_service(dtype, self.data_dir, self.folder))
         return self._addresses[dtype]
+
+    def far_address(self, dtype: str, rtt_ms: float) -> Address:
+        """The same service, with a network of that round trip before it (`far.py`)."""
+        if (dtype, rtt_ms) not in self._far:
+            near = self.address(dtype)
+            self._far[dtype, rtt_ms] = self._stack.enter_context(_proxy(near, rtt_ms))
+        return self._far[dtype, rtt_ms]
 
 
 @contextmanager
@@ -116,16 +140,48 @@ def _service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
     """`privatelora backbone` on a free loopback port, as its own process."""
     log = folder / f"service-{dtype}.log"
     options = ["--port", "0", "--json", "--dtype", dtype, "--data-dir", str(data_dir), "--log-level", "warning"]
+    options += ["--max-sessions", str(MAX_SESSIONS)]
     command = [sys.executable, "-m", "privatelora.platform", "backbone", *options]
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    try:
+    with log.open("w") as stderr, _process(command, stderr) as process:
         assert process.stdout is not None
         line = process.stdout.readline()  # one JSON line when it is ready, nothing if it ended
         if not line:
             raise Unmeasured(f"the {dtype} service did not start: {log.read_text()[-2000:].strip()}")
         ready = json.loads(line)
-        yield Address(ready["url"], Path(ready["token_file"]).read_text().strip())
+        yield Address(ready["url"], Path(ready["token_file"]).read_text().strip(), process.pid)
+
+
+@contextmanager
+def _proxy(near: Address, rtt_ms: float) -> Iterator[Address]:
+    """`far.py` before a service, as its own process."""
+    options = ["--port", str(urlsplit(near.url).port), "--delay-ms", str(rtt_ms / 2)]
+    with _process([sys.executable, "-m", "benchmarks.far", *options], None) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise Unmeasured("the delaying proxy did not start")
+        url = f"http://127.0.0.1:{json.loads(line)['port']}"
+        added = _ping_s(url) - _ping_s(near.url)
+        yield Address(url, near.token, near.pid, 1e3 * added)
+
+
+def _ping_s(url: str) -> float:
+    """Median seconds of a small request on an open connection."""
+    seconds = []
+    with httpx.Client(base_url=url) as client:
+        for _ in range(1 + PINGS):
+            started = time.perf_counter()
+            client.get("/healthz").raise_for_status()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+@contextmanager
+def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ended at the end."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        yield process
     finally:
         process.terminate()
         try:

@@ -1,0 +1,126 @@
+"""The load generator's device speaks the wire as a device of the SDK does: the same v, whatever way the bytes come."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.light_device import LightDevice, Scratch
+from websockets.frames import Frame as WsFrame
+from websockets.frames import Opcode
+from websockets.protocol import OPEN, SERVER, Protocol
+
+from privatelora.protocol.adapter import AdapterSpec, ModelShape
+from privatelora.protocol.codec import WireDtype
+from privatelora.protocol.errors import AdmissionError, ConnectionLostError, ProtocolError
+from privatelora.protocol.frames import Frame, Kind, Phase, Selection
+from privatelora.protocol.messages import ErrorInfo, control_frame
+from privatelora.protocol.placement import Placement
+
+SESSION, D, VOCABULARY, PROMPT, DECODED = 77, 48, 20, 5, 3
+SPEC = AdapterSpec("calibrated", 64, 64)
+PLACEMENT = Placement(inline=(1, 3))
+
+
+class Peer:
+    """A load of one device, and the service's end of its socket."""
+
+    def __init__(self) -> None:
+        near, self.socket = socket.socketpair()
+        near.setblocking(False)
+        self.socket.settimeout(5)
+        self.random = np.random.default_rng(3)
+        self.embedding = self.random.integers(0, 1 << 14, (VOCABULARY, D)).astype("<u2")
+        m = [self.random.standard_normal((64, 192)).astype(np.float32) for _ in PLACEMENT.inline]
+        self.tokens = self.random.integers(0, VOCABULARY, PROMPT + DECODED)
+        self.finished: list[str] = []
+        info = SimpleNamespace(model=SimpleNamespace(shape=ModelShape(D, 4, D, D, D)))
+        load: Any = SimpleNamespace(
+            info=info, placement=PLACEMENT, spec=SPEC, scratch=Scratch(SPEC),
+            embedding=self.embedding, decoded=DECODED, open=lambda: (near, SESSION),
+            prefilled=lambda device: self.finished.append("prefill"), next_token=LightDevice.decode,
+            done=lambda device: self.finished.append("done"),
+        )  # fmt: skip
+        self.device = LightDevice(load, 0, m, self.tokens)
+        self._websocket = Protocol(SERVER, state=OPEN)
+
+    def receive(self) -> Frame:
+        """What the device sent, by an independent reading of the WebSocket."""
+        events: list[Any] = []
+        while not events:
+            self._websocket.receive_data(self.socket.recv(1 << 18))
+            events = self._websocket.events_received()
+        assert isinstance(events[0], WsFrame) and events[0].opcode is Opcode.BINARY
+        return Frame.unpack(bytes(events[0].data))
+
+    def send(self, frame: Frame, pieces: int = 1) -> None:
+        """Send a frame to the device in that many writes, each of which it reads by itself."""
+        data = frame.pack()
+        message = (
+            struct.pack(">BB", 0x82, len(data)) if len(data) < 126 else struct.pack(">BBH", 0x82, 126, len(data))
+        ) + data
+        for piece in np.array_split(np.frombuffer(message, np.uint8), pieces):
+            self.socket.sendall(piece.tobytes())
+            self.device.on_readable()
+
+    def run_pass(self, step: int, n: int, pieces: int) -> None:
+        """One pass over n tokens, every answer checked."""
+        held = int(self.device.held) - n
+        begin = self.receive()
+        assert (begin.kind, begin.session, begin.phase, begin.step) == (Kind.HIDDEN, SESSION, Phase.GENERATE, step)
+        assert begin.selection is Selection.LAST and begin.spans.tolist() == [[1, held, n]]
+        assert np.array_equal(begin.array(), self.embedding[self.tokens[held : held + n]])
+        for stage, layer in enumerate(PLACEMENT.inline):
+            u = self.random.standard_normal((n, 1, 64)).astype(np.float32).view(np.uint32) >> 16
+            frame = Frame(Kind.ENCODED, SESSION, Phase.GENERATE, step, 0, layer)
+            self.send(frame.with_array(u.astype("<u2"), WireDtype.BFLOAT16), pieces)
+            answer = self.receive()
+            assert (answer.kind, answer.step, answer.layer, answer.shape) == (Kind.DELTA, step, layer, (n, 3, 64))
+            exact = (u << 16).view(np.float32)[:, 0] @ self.device.m[stage]
+            came = (answer.array().astype(np.uint32) << 16).view(np.float32).reshape(n, -1)
+            assert np.allclose(came, exact, rtol=2**-8, atol=1e-5)
+        h = Frame(Kind.HIDDEN, SESSION, Phase.GENERATE, step)
+        self.send(h.with_array(np.zeros((1, D), "<u2"), WireDtype.BFLOAT16), pieces)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 50])
+def test_light_device_answers_with_its_m_times_u(pieces: int) -> None:
+    peer = Peer()
+    peer.device.prefill()
+    peer.run_pass(1, PROMPT, pieces)
+    assert peer.finished == ["prefill"]
+    peer.device.decode()
+    for step in range(2, 2 + DECODED):
+        peer.run_pass(step, 1, pieces)
+    assert peer.finished == ["prefill", "done"]
+    assert len(peer.device.times) == DECODED
+    assert all(begun <= done for begun, done in peer.device.times)
+
+
+def test_light_device_raises_what_the_service_says() -> None:
+    peer = Peer()
+    peer.device.decode()
+    with pytest.raises(AdmissionError, match="no room"):
+        peer.send(control_frame(Kind.ERROR, ErrorInfo(code="admission", message="no room"), SESSION))
+
+
+def test_light_device_refuses_a_frame_that_is_not_due() -> None:
+    peer = Peer()
+    peer.device.decode()
+    wrong = Frame(Kind.ENCODED, SESSION, Phase.GENERATE, 1, 0, 3).with_array(
+        np.ones((1, 1, 64), "<u2"), WireDtype.BFLOAT16
+    )
+    with pytest.raises(ProtocolError, match="u of layer 1"):
+        peer.send(wrong)
+
+
+def test_light_device_names_a_closed_connection() -> None:
+    peer = Peer()
+    peer.device.decode()
+    peer.socket.shutdown(socket.SHUT_WR)
+    with pytest.raises(ConnectionLostError, match="closed"):
+        peer.device.on_readable()

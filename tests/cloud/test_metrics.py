@@ -120,6 +120,8 @@ def test_nobody_is_named_and_nothing_quoted(fleet: Fleet, running: ServiceProces
         *(("lane", str(lane)) for lane in Lane),
         ("resource", "session"),
         ("resource", "memory"),
+        ("part", "layers"),
+        ("part", "codec"),
     }
 
 

@@ -53,6 +53,7 @@ MEMORY_MIB = 4  # a few training passes; whoever comes then has to wait
 PARK_AFTER_S = 1.5
 MEMORY_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",  # kernels by row count, 1024 by default
+    "LRU_CACHE_CAPACITY": "16",  # the same kernels, kept a second time by torch
     "MALLOC_MMAP_THRESHOLD_": str(1 << 17),  # glibc's own values, which it would raise as it goes
     "MALLOC_TRIM_THRESHOLD_": str(1 << 17),
     "MALLOC_ARENA_MAX": "1",  # for all threads

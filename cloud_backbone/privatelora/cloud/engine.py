@@ -216,8 +216,11 @@ def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextMan
     """
     if device.type != "cuda":
         return dict.fromkeys(Lane, nullcontext)
-    streams = {Lane.DECODE: torch.cuda.Stream(device, priority=-1), Lane.LONG: torch.cuda.Stream(device)}  # type: ignore[no-untyped-call]
-    return {lane: partial(torch.cuda.stream, stream) for lane, stream in streams.items()}
+    priorities = {Lane.DECODE: -1, Lane.LONG: 0}
+    return {
+        lane: partial(torch.cuda.stream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]  # torch leaves it bare
+        for lane, priority in priorities.items()
+    }
 
 
 def _use_threads(count: int) -> None:

@@ -7,7 +7,7 @@ direct way for messages once a session is open.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -81,7 +81,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     _deliver: Callable[[bytes], None] | None = None
     _most_untaken, _untaken = 1, 0  # messages that the peer has not taken
-    _pauses: set[str] = frozenset()  # type: ignore[assignment]  # why nothing is read; one of its own from `attach` on
+    _pauses: Set[str] = frozenset()  # why nothing is read from the peer
     _cuts = False  # whether what comes is cut into frames: once the handshake is over
     _partial = bytearray()  # the beginning of a frame
 
@@ -96,7 +96,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         A peer that has not taken `untaken` messages is not read before it does: it may send while it takes nothing, but
         not for ever.
         """
-        self._deliver, self._most_untaken, self._pauses = deliver, untaken, set()
+        self._deliver, self._most_untaken = deliver, untaken
         waiting = [self.queue.get_nowait() for _ in range(self.queue.qsize())]
         for event in waiting:
             message = event["bytes"] if event["type"] == "websocket.receive" and "bytes" in event else None
@@ -110,13 +110,13 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     def pause(self, reason: str) -> None:
         """Read nothing from the peer while there is this reason, or any other."""
-        self._pauses.add(reason)
+        self._pauses |= {reason}
         self.transport.pause_reading()
 
     def resume(self, reason: str) -> None:
         """This reason is gone."""
         if reason in self._pauses:
-            self._pauses.remove(reason)
+            self._pauses -= {reason}
             if not self._pauses and not self.transport.is_closing():
                 self.transport.resume_reading()
 

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
+from privatelora.cloud.checks import check_spans, check_tensor, selected_rows, way_of
 from privatelora.cloud.passes import Account, Due, Pass, Reply, Way
 from privatelora.cloud.resources import Resources
 from privatelora.cloud.waiting import RETRY_S, Waiter
 from privatelora.decoder.kv import KVCache
 from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.errors import AdmissionError, ConfigurationError, IncompatibleError, ProtocolError
-from privatelora.protocol.frames import HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, Selection, pack_header
+from privatelora.protocol.frames import HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, pack_header
 from privatelora.protocol.messages import OpenRequest, Queued, control_frame
 
 Key = tuple[int, int]
@@ -196,7 +196,7 @@ class Session:
             return
         due = active.due if active else None
         if active is not None and due is not None and self._is_due(frame, active, due):
-            self._check_tensor(frame, due.shape)  # raises: its header would have been the one that is due
+            check_tensor(frame, self.dtype, due.shape)  # raises: its header would have been the one that is due
         wanted = "nothing"
         if active is not None and due is not None:
             phase, layer = self._phase_and_layer(active, due)
@@ -222,13 +222,17 @@ class Session:
         spans = frame.spans.astype(np.int64)
         sequences, starts, lengths = (tuple(column.tolist()) for column in spans.T) if len(spans) else ((), (), ())
         n = sum(lengths)
-        self._check_spans(sequences, starts, lengths, frame.phase)
+        busy = {sequence for active in self.passes.values() for sequence in active.sequences}
+        held = {sequence: cache.length for sequence, cache in self.caches.items()}
+        if frame.phase is not Phase.GENERATE:
+            busy, held = set(), {}
+        check_spans(sequences, starts, lengths, held, busy, self.backbone.config.context_length)
         if n > self.limits.max_tokens_per_step:
             raise ProtocolError(
                 f"{n} tokens in a step are over the limit of {self.limits.max_tokens_per_step}; send fewer"
             )
-        self._check_tensor(frame, (n, self.backbone.config.hidden_size))
-        rows = self._rows(frame, lengths)
+        check_tensor(frame, self.dtype, (n, self.backbone.config.hidden_size))
+        rows = selected_rows(frame, lengths, self.placement)
         if frame.phase is Phase.TRAIN:
             saved = sum(p.work.n for p in self.passes.values() if p.phase is Phase.TRAIN)
             if saved + n > self.limits.max_tokens_per_step:
@@ -244,7 +248,7 @@ class Session:
         self._begun.add(stream)
         self.tokens += n
         end = self.placement.cloud_layers(self.backbone.config.num_layers).stop
-        way = _way(frame.phase, n == len(lengths))
+        way = way_of(frame.phase, single=n == len(lengths))
         work = Pass(
             self, self.placement, self.inline, way, lengths, starts, caches, rows, end, self.dtype, frame.payload,
             frame.shape,
@@ -345,7 +349,7 @@ class Session:
     def _is_due(self, frame: Frame, active: ActivePass, due: Due) -> bool:
         return (frame.kind, frame.phase, frame.layer) == (due.kind, *self._phase_and_layer(active, due))
 
-    # -- checks --------------------------------------------------------------------------------------------------------
+    # -- KV caches -----------------------------------------------------------------------------------------------------
 
     def _release(self, frame: Frame) -> None:
         """Drop KV caches by sequence number."""
@@ -359,24 +363,6 @@ class Session:
                 self.resources.memory.give(held)
         self.engine.scheduler.leave(self.account)  # no next token is awaited
 
-    def _check_spans(
-        self, sequences: tuple[int, ...], starts: tuple[int, ...], lengths: tuple[int, ...], phase: Phase
-    ) -> None:
-        if not sequences or len(set(sequences)) != len(sequences) or min(lengths) < 1:
-            raise ProtocolError("a pass needs one span or more, of different sequences and of one token or more each")
-        context = self.backbone.config.context_length
-        busy = {sequence for active in self.passes.values() for sequence in active.sequences}
-        for sequence, start, length in zip(sequences, starts, lengths, strict=True):
-            held = self.caches[sequence].length if phase is Phase.GENERATE and sequence in self.caches else 0
-            if start != held:
-                raise ProtocolError(f"sequence {sequence} starts at {start}, where {held} tokens are held")
-            if start + length > context:
-                raise ProtocolError(
-                    f"sequence {sequence} would reach {start + length} tokens; the model's context is {context}"
-                )
-            if phase is Phase.GENERATE and sequence in busy:
-                raise ProtocolError(f"sequence {sequence} is under way in another pass; wait for its result")
-
     def _caches_for(self, sequences: tuple[int, ...]) -> tuple[KVCache, ...]:
         fresh = [sequence for sequence in sequences if sequence not in self.caches]
         if len(self.caches) + len(fresh) > self.limits.max_sequences:
@@ -387,30 +373,3 @@ class Session:
         for sequence in fresh:
             self.caches[sequence] = KVCache(self.resources.pool)
         return tuple(self.caches[sequence] for sequence in sequences)
-
-    def _rows(self, frame: Frame, lengths: tuple[int, ...]) -> torch.Tensor | None:
-        """Rows of the result that the device asked for; None for all of them."""
-        if frame.selection is Selection.ALL and not len(frame.outputs):
-            return None
-        if self.placement.last:
-            raise ProtocolError("the device holds the last layers, which need every row; use Selection.ALL")
-        if frame.selection is Selection.LAST and not len(frame.outputs):
-            return torch.tensor(lengths).cumsum(0) - 1
-        outputs = frame.outputs.astype(np.int64)
-        if not len(outputs) or outputs[-1] >= sum(lengths) or bool((np.diff(outputs) <= 0).any()):
-            raise ProtocolError("listed outputs must be ascending row numbers of this batch, one or more")
-        return torch.from_numpy(outputs)
-
-    def _check_tensor(self, frame: Frame, shape: tuple[int, ...]) -> None:
-        if frame.dtype is not self.dtype or frame.shape != shape:
-            raise ProtocolError(
-                f"{frame.kind.name} came as {frame.dtype.name} of shape {frame.shape}; "
-                f"{self.dtype.name} of shape {shape} is due"
-            )
-
-
-def _way(phase: Phase, single: bool) -> Way:
-    """What a pass of this phase is for; `single`: it has one token a sequence."""
-    if phase is Phase.GENERATE:
-        return Way.DECODE if single else Way.PREFILL
-    return Way.SCORE if phase is Phase.SCORE else Way.TRAIN

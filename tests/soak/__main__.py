@@ -7,8 +7,8 @@ memory that passes wait for it and silent sessions are given up. Exit status 1 m
 What the memory's figure can say: a process that multiplies matrices grows at first. oneDNN keeps a kernel for each row
 count of each matrix, up to 1024 of them, and batches of many sessions have any number of rows: with that capacity a
 service of 540 MiB after the warm-up grew to 677 in three minutes, and then no more; torch keeps them a second time.
-With both caches at 16 a run grew by 0.8%, with torch's as it comes by 10 to 12%. malloc keeps what was freed, and the KV
-cache's blocks count from their first use on. So the service gets `MEMORY_ENVIRONMENT`, and a warm-up of the same
+With both caches at 16 a run grew by 0.8%, with torch's as it comes by 10 to 12%. malloc keeps what was freed, and the
+KV cache's blocks count from their first use on. So the service gets `MEMORY_ENVIRONMENT`, and a warm-up of the same
 devices, every kind of misbehaviour among them, comes before the first measurement; where an operator sets nothing of
 this, the figure says less. Both measurements are of a service that nobody is connected to. 5% of it are some 25 MB:
 a tensor that stays behind at every session or step is found, a Python object of a kilobyte at each of 200 is not; for

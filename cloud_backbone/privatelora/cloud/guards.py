@@ -12,8 +12,8 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import apply_mask  # type: ignore[attr-defined]  # its C form where there is one
 from websockets.http11 import Request
-from websockets.speedups import apply_mask
 
 HANDSHAKE_TIMEOUT_S = 10.0  # for a request to arrive, for OPEN after an upgrade, and for a last message to be taken
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"

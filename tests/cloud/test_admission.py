@@ -172,6 +172,15 @@ def test_a_pass_that_can_never_fit_is_refused_at_once(small: ServiceProcess, pha
     assert_nothing_is_held(small)
 
 
+def test_a_service_with_next_to_no_memory_starts_and_says_so_to_who_asks(fleet: Fleet, serving: Serving) -> None:
+    with (
+        serving(memory_bytes=1) as running,
+        fleet.connect(running, rank=8, placement="paper") as me,
+        pytest.raises(ConfigurationError, match="shorter texts"),
+    ):
+        me.generate("A prompt", max_new_tokens=2)
+
+
 def test_the_owner_of_a_batch_that_can_never_fit_hears_it_at_once(fleet: Fleet, small: ServiceProcess) -> None:
     with fleet.connect(small, rank=8, placement="paper") as me:
         begun = time.monotonic()

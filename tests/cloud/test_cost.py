@@ -13,7 +13,6 @@ from tests.support.fleet import Fleet
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.cost import CostModel, measure_decoding, measure_long
 from privatelora.cloud.layers import LayerRunner
-from privatelora.decoder.kv import KVPool
 
 MODEL = CostModel(((2, 1.0), (4, 2.0), (8, 2.5)))
 
@@ -43,14 +42,11 @@ def test_more_rows_never_cost_less(steps: list[tuple[int, float]], rows: int) ->
     assert model.seconds(rows) <= model.seconds(rows + 1) + 1e-12
 
 
-def test_measured_costs_do_not_fall_with_rows_and_keep_no_memory(fleet: Fleet, tmp_path: Path) -> None:
+def test_measured_costs_do_not_fall_with_rows(fleet: Fleet, tmp_path: Path) -> None:
     backbone = Backbone.load(fleet.source("qwen3"), tmp_path, torch.float32)
-    config = backbone.config
-    runner = LayerRunner(config, backbone.layers, backbone.tables, backbone.device, backbone.dtype)
-    pool = KVPool(config, range(config.num_layers), 200, backbone.dtype, backbone.device)
-    for model in (measure_decoding(runner, pool), measure_long(runner)):
+    runner = LayerRunner(backbone.config, backbone.layers, backbone.tables, backbone.device, backbone.dtype)
+    for model in (measure_decoding(runner), measure_long(runner)):
         rows, seconds = zip(*model.samples, strict=True)
         assert list(rows) == sorted(set(rows))
         assert list(seconds) == sorted(seconds)
         assert seconds[0] > 0
-    assert pool.used == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from privatelora.cloud.layers import LayerRunner
 from privatelora.decoder.backward import finish_keeping
-from privatelora.decoder.kv import KVCache, KVPool
+from privatelora.decoder.kv import KVCache, KVPool, blocks_for
 from privatelora.decoder.layer import finish, normed, project
 from privatelora.decoder.ragged import Ragged
 
@@ -52,15 +52,17 @@ class CostModel:
         return table
 
 
-def measure_decoding(runner: LayerRunner, pool: KVPool) -> CostModel:
-    """Of batches of one new token a sequence, on the calling thread; takes about a second."""
+def measure_decoding(runner: LayerRunner) -> CostModel:
+    """Of batches of one new token a sequence, on the calling thread, in a pool of its own; takes about a second."""
+    config, each = runner.config, blocks_for(CONTEXT + 1)
+    layers = range(config.num_layers)
+    pool = KVPool(config, layers, DECODE_ROWS[-1] * each, runner.dtype, runner.device)
 
     def batch(rows: int) -> tuple[Ragged, list[KVCache]]:
         caches = [KVCache(pool) for _ in range(rows)]
-        return Ragged(runner.config, runner.tables, [1] * rows, [CONTEXT] * rows, caches), caches
+        return Ragged(config, runner.tables, [1] * rows, [CONTEXT] * rows, caches), caches
 
-    fitting = [rows for rows in DECODE_ROWS if rows * (CONTEXT // 16 + 1) <= pool.blocks - pool.used]
-    return _measure(runner, batch, fitting or [1])
+    return _measure(runner, batch, DECODE_ROWS)
 
 
 def measure_long(runner: LayerRunner) -> CostModel:
@@ -69,11 +71,13 @@ def measure_long(runner: LayerRunner) -> CostModel:
     def batch(rows: int) -> tuple[Ragged, list[KVCache]]:
         return Ragged(runner.config, runner.tables, [min(rows, SEQUENCE)] * -(-rows // SEQUENCE)), []
 
-    return _measure(runner, batch, list(LONG_ROWS))
+    return _measure(runner, batch, LONG_ROWS)
 
 
 @torch.inference_mode()
-def _measure(runner: LayerRunner, batch: Callable[[int], tuple[Ragged, list[KVCache]]], counts: list[int]) -> CostModel:
+def _measure(
+    runner: LayerRunner, batch: Callable[[int], tuple[Ragged, list[KVCache]]], counts: Sequence[int]
+) -> CostModel:
     config, layers = runner.config, sorted(runner.layers)[:LAYERS]
     samples: list[tuple[int, float]] = []
     for rows in counts:

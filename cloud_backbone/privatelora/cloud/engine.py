@@ -28,7 +28,6 @@ from privatelora.cloud.metrics import Counted
 from privatelora.cloud.passes import Batch, Pass, Point, Way
 from privatelora.cloud.payloads import CODEC, BadAnswers
 from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
-from privatelora.decoder.kv import KVPool
 from privatelora.protocol.errors import PrivateLoraError
 
 SHORT_ROWS = 8
@@ -52,7 +51,6 @@ class Engine:
     def __init__(
         self,
         runner: LayerRunner,
-        pool: KVPool,
         counted: Counted,
         torch_threads: int | None = None,
         busy_poll_s: float = 0.0,
@@ -66,7 +64,7 @@ class Engine:
         _use_threads(1)  # the loop's own, after the others have taken their numbers
         self._streams = _streams(runner.device)
         long = self._threads[Lane.LONG].submit(measure_long, runner).result()
-        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner, pool), Lane.LONG: long})
+        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner), Lane.LONG: long})
         self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}

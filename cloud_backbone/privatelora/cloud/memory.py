@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from privatelora.cloud.waiting import Line
 
 SHARE = 0.5  # of the memory that is free once the model is loaded, where the operator names no budget
@@ -35,8 +37,10 @@ class Memory:
             self.line.advance()
 
 
-def available_bytes() -> int:
-    """Memory that this process may still use: the machine's, or less where its control group (v2) allows less."""
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; on a CPU the machine's, or less where its control group (v2) allows less."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

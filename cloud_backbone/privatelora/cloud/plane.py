@@ -104,7 +104,7 @@ class DataPlane:
         config = backbone.config
         self.limits = message_limits(backbone, settings)
         self.memory = Memory(
-            int(SHARE * available_bytes()) if settings.memory_bytes is None else settings.memory_bytes,
+            int(SHARE * available_bytes(backbone.device)) if settings.memory_bytes is None else settings.memory_bytes,
             settings.max_waiting,
         )
         one = KVPool(config, range(config.num_layers), 1, backbone.dtype)
@@ -114,9 +114,7 @@ class DataPlane:
             config, backbone.layers, backbone.tables, backbone.device, backbone.dtype, settings.kept_layers
         )
         self.metrics = Metrics(self)
-        self.engine = Engine(
-            runner, self.pool, self.metrics.counted, settings.torch_threads, settings.busy_poll_ms / 1e3
-        )
+        self.engine = Engine(runner, self.metrics.counted, settings.torch_threads, settings.busy_poll_ms / 1e3)
         kept, lean = row_bytes(runner)
         self.resources = Resources(
             backbone, self.limits, self.engine, self.pool, self.memory, self.reclaim, self.check_serving, kept, lean

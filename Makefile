@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 PROJECTS := protocol decoder cloud_backbone device_sdk platform
-KERNELS := decoder/hatch_build.py decoder/privatelora/decoder/kernels.c # compiled by the install
+# compiled by the install
+COMPILED := $(wildcard */hatch_build.py) decoder/privatelora/decoder/kernels.c cloud_backbone/privatelora/cloud/sockets.c
 RUN_STAMP := $(VENV)/.installed-run
 BENCH_STAMP := $(VENV)/.installed-bench
 TEST_STAMP := $(VENV)/.installed-test
@@ -51,10 +52,10 @@ soak: $(TEST_STAMP)
 	$(BIN)/python -m tests.soak --seconds 600 $(ARGS)
 
 clean:
-	rm -rf $(VENV) decoder/privatelora/decoder/libkernels.* demo-out bench-out soak-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) decoder/privatelora/decoder/libkernels.* cloud_backbone/privatelora/cloud/libsockets.* demo-out bench-out soak-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find $(PROJECTS) benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-$(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml) $(KERNELS)
+$(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml) $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is older than Python 3.11. Name a newer one: make install PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)

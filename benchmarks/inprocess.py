@@ -16,11 +16,13 @@ from torch import Tensor
 
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.layers import LayerRunner
-from privatelora.cloud.passes import Account, Pass, Reply, Way
+from privatelora.cloud.passes import Account, Due, Pass, Reply, Way
+from privatelora.cloud.payloads import exchanges
 from privatelora.decoder.kv import KVCache, KVPool, blocks_for
 from privatelora.decoder.tensors import TORCH_DTYPES, to_array, to_tensor
 from privatelora.protocol.adapter import AdapterSpec
 from privatelora.protocol.codec import decode, encode
+from privatelora.protocol.frames import ADDRESS
 from privatelora.protocol.placement import Placement
 
 Delta = Callable[[int, Tensor], Tensor]
@@ -34,7 +36,7 @@ class Nobody:
     def __init__(self) -> None:
         self.account, self.closed = Account(), False
 
-    def reply(self, one: Pass, reply: Reply) -> None: ...
+    def reply(self, one: Pass, header: bytes, data: Data, due: Due | None, due_header: bytes) -> None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
@@ -85,7 +87,7 @@ class Sequences:
         way, rows = (Way.DECODE, None) if n == 1 else (Way.PREFILL, torch.tensor([n - 1]))
         return Pass(
             self.nobody, self.placement, self.inline, way, (n,), (cache.length,), (cache,), rows, self.layers.stop,
-            self.wire, payload, shape,
+            self.wire, bytes(ADDRESS.size), answer=payload, answer_shape=shape,
         )  # fmt: skip
 
     def _run(self, passes: list[Pass]) -> list[Data]:
@@ -96,18 +98,18 @@ class Sequences:
             if done.onward:
                 point = done.onward[0][1]
                 continue
-            replies = [reply for _, reply in done.replies]
-            if replies[0].due is None:
-                return [reply.data for reply in replies]
-            point = replies[0].due.point
-            for one, reply in done.replies:
-                assert reply.due is not None
-                one.answer, one.answer_shape = self._answer(reply, reply.due.shape), reply.due.shape
+            (reply,) = done.replies  # all have one placement, one adapter and one wire
+            if reply.due is None:
+                return [data for _, _, data, _, _ in exchanges(reply)]
+            point = reply.due[2]
+            for one, _, data, due, _ in exchanges(reply):
+                assert due is not None
+                one.answer, one.answer_shape = self._answer(reply, data, due), due.shape
 
-    def _answer(self, reply: Reply, shape: tuple[int, ...]) -> Data:
+    def _answer(self, reply: Reply, data: Data, due: Due) -> Data:
         if self.delta is None:
-            return bytes(self.wire.nbytes(shape))
-        v = self.delta(reply.layer, self._read(reply.data, reply.shape))
+            return bytes(due.nbytes)
+        v = self.delta(reply.layer, self._read(data, (due.shape[0], *reply.width)))
         return encode(to_array(v, self.wire), self.wire)
 
     def _read(self, data: Data, shape: tuple[int, ...]) -> Tensor:

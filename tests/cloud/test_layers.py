@@ -12,7 +12,8 @@ from tests.support.fleet import DEPTH, Fleet
 
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.layers import LayerRunner
-from privatelora.cloud.passes import Account, Pass, Point, Reply, Stage, Way
+from privatelora.cloud.passes import Account, Pass, Point, Stage, Way
+from privatelora.cloud.payloads import exchanges
 from privatelora.protocol.adapter import AdapterSpec
 from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.placement import Placement
@@ -45,16 +46,17 @@ class Devices:
         told = dict.fromkeys(self.random, b"")
         point, passes = Point(Way.TRAIN, Stage.ENTER, 0), list(self.random)
         while True:
-            replies: list[tuple[Pass, Reply]] = self.runner.run(point, passes).replies
-            assert len(replies) == len(passes)
-            for one, reply in replies:
-                told[one] += bytes(reply.data)
-            if replies[0][1].due is None:
+            replies = self.runner.run(point, passes).replies
+            answers = [exchange for reply in replies for exchange in exchanges(reply)]
+            assert len(answers) == len(passes)
+            for one, _, data, _, _ in answers:
+                told[one] += bytes(data)
+            if answers[0].due is None:
                 return list(told.values())
-            for one, reply in replies:
-                assert reply.due is not None
-                self._answer(one, reply.due.shape)
-                point = reply.due.point
+            for one, _, _, due, _ in answers:
+                assert due is not None
+                self._answer(one, due.shape)
+                point = due.point
             passes = passes[1:] + passes[:1] if turn else passes
 
     def _answer(self, one: Pass, shape: tuple[int, ...]) -> None:

@@ -153,13 +153,17 @@ class Life(RuleBasedStateMachine):
         waits = {**self.ready, **{one: point for one, (point, _) in self.away.items()}}
         sessions = {device.account: FIRST for device in self.resting if device.account in scheduler._at}  # or parked
         computed = {one for run in self.running.values() for one in run.passes if not one.gone}
-        assert scheduler._at == {**waits, **sessions}
+        assert {key: place.point for key, place in scheduler._at.items()} == {**waits, **sessions}
         assert set(scheduler._waited) == set(waits) | computed
         places = [(point, place) for lane in Lane for point, place in scheduler._places[lane].items()]
         assert {one: point for point, place in places for one in place.ready} == self.ready
-        assert {key: point for point, place in places for key in (*place.ready, *place.flights)} == scheduler._at
+        flying = {key: (point, flight) for point, place in places for flight in place.flights for key in flight.works}
+        assert {key: flight for key, (_, flight) in flying.items()} == scheduler._flying
+        assert {**self.ready, **{key: point for key, (point, _) in flying.items()}} == {**waits, **sessions}
         for point, place in places:
             assert place.ready or place.flights
+            assert point == place.point
+            assert all(flight.rows == sum(flight.works.values()) > 0 for flight in place.flights)
             assert place.rows == sum(one.n for one in place.ready)
             assert place.ready or place.held_since is None
             assert place.stops <= min((one.stops_left(point) for one in place.ready), default=float("inf"))
@@ -183,7 +187,7 @@ class Life(RuleBasedStateMachine):
 
     def is_ready(self, one: SimulatedPass, point: Point) -> None:
         self.ready[one] = point
-        self.scheduler.ready(one, point, self.now)
+        self.scheduler.ready([one], point, self.now)
 
     def finish(self, lane: Lane) -> None:
         run = self.running.pop(lane)
@@ -197,12 +201,12 @@ class Life(RuleBasedStateMachine):
                 self.is_ready(one, onward)
             elif onward is not None:
                 self.away[one] = onward, self.now
-                self.scheduler.expect(one, onward, self.now)
+                self.scheduler.expect([one], onward, self.now)
             else:
                 one.device.running = None
                 if one.way is Way.DECODE:
                     self.resting[one.device] = self.now
-                    self.scheduler.expect_next(one, FIRST, self.now)
+                    self.scheduler.expect_next([one], FIRST, self.now)
                 else:
                     self.scheduler.leave(one)
 

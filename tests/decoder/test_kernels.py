@@ -266,13 +266,13 @@ def test_other_dtypes_and_devices_are_not_for_it() -> None:
 def test_without_its_library_or_with_that_of_another_source_it_is_not_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "libkernels.so")
+    built, source = kernels.SOURCE.with_name("libkernels.so"), tmp_path / "kernels.c"
+    monkeypatch.setattr(kernels, "SOURCE", source)
     assert not available(torch.float32, "cpu")
     with pytest.raises(ServiceError, match="available"):
         case().run()
-    if not kernels.__file__ or not (built := Path(kernels.__file__).with_name("libkernels.so")).exists():
-        return
-    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "other.so")
-    shutil.copy(built, tmp_path / "other.so")
-    (tmp_path / "kernels.c").write_text("/* edited since */")
-    assert not available(torch.float32, "cpu")
+    if built.exists():
+        shutil.copy(built, tmp_path)
+        source.write_text("/* edited since */")
+        kernels._library.cache_clear()
+        assert not available(torch.float32, "cpu")

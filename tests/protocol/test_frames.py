@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.errors import IncompatibleError, PrivateLoraError, ProtocolError
 from privatelora.protocol.frames import (
+    ADDRESS,
     HEADER,
     MAX_CONTROL_BYTES,
     NO_LAYER,
@@ -23,6 +24,8 @@ from privatelora.protocol.frames import (
     Kind,
     Phase,
     Selection,
+    pack_header,
+    pack_headers,
 )
 
 UINT16, UINT32, UINT64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
@@ -70,6 +73,35 @@ def test_a_frame_survives_the_way_there(sent: Frame) -> None:
     assert np.array_equal(came.spans, sent.spans)
     assert np.array_equal(came.outputs, sent.outputs)
     assert came.pack() == data
+
+
+@given(
+    st.sampled_from(TENSOR_KINDS),
+    st.sampled_from(list(Phase)),
+    st.sampled_from(TENSOR_DTYPES),
+    st.lists(
+        st.tuples(st.integers(1, UINT32), *(st.integers(0, most) for most in (UINT64, UINT32, UINT16))), min_size=1
+    ),
+    st.lists(st.integers(1, UINT32), max_size=3).map(tuple),
+    st.integers(0, NO_LAYER),
+    st.booleans(),
+)
+def test_headers_of_one_exchange_with_many_are_those_of_each(
+    kind: Kind,
+    phase: Phase,
+    dtype: WireDtype,
+    told: list[tuple[int, int, int, int]],
+    width: tuple[int, ...],
+    layer: int,
+    equal: bool,
+) -> None:
+    rows = [told[0][0] if equal else n for n, *_ in told]
+    addresses = [ADDRESS.pack(*address) for _, *address in told]
+    each = [
+        pack_header(kind, phase, dtype, (n, *width), *address, layer)
+        for n, (_, *address) in zip(rows, told, strict=True)
+    ]
+    assert pack_headers(kind, phase, dtype, rows, width, addresses, layer) == each
 
 
 @given(frames(), st.data())

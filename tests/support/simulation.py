@@ -177,7 +177,7 @@ class Simulation:
     # -- the engine ----------------------------------------------------------------------------------------------------
 
     def _ready(self, one: SimulatedPass, point: Point) -> None:
-        self.scheduler.ready(one, point, self.now)
+        self.scheduler.ready([one], point, self.now)
         self._at(self.now, self._turn, lane_of(point.way))  # once everything is in that comes at this moment
 
     def _turn(self, lane: Lane) -> None:
@@ -198,6 +198,8 @@ class Simulation:
     def _computed(self, lane: Lane, run: Run, seconds: float) -> None:
         self._computing[lane] = False
         self.scheduler.used(run.passes, run.point, seconds)
+        awaited: dict[Point, list[SimulatedPass]] = {}
+        onwards: dict[Point, list[SimulatedPass]] = {}
         for one in run.passes:
             assert isinstance(one, SimulatedPass)
             if one.gone:
@@ -206,10 +208,14 @@ class Simulation:
             if onward is None:
                 self._over(one)
             elif one.awaits_answer(onward):
-                self.scheduler.expect(one, onward, self.now)
+                awaited.setdefault(onward, []).append(one)
                 self._at(self.now + one.device.turnaround(self.random), self._answer, one, onward)
             else:
-                self.scheduler.ready(one, onward, self.now)
+                onwards.setdefault(onward, []).append(one)
+        for point, told in awaited.items():
+            self.scheduler.expect(told, point, self.now)
+        for point, going in onwards.items():
+            self.scheduler.ready(going, point, self.now)
         self._at(self.now, self._turn, lane)
 
     def _over(self, one: SimulatedPass) -> None:
@@ -217,7 +223,7 @@ class Simulation:
         device.running = None
         device.done.append((one.begun, self.now))
         if one.way is Way.DECODE:
-            self.scheduler.expect_next(one, Point(Way.DECODE, Stage.ENTER, 0), self.now)
+            self.scheduler.expect_next([one], Point(Way.DECODE, Stage.ENTER, 0), self.now)
         else:
             self.scheduler.leave(one)
         self._at(self.now + device.between(self.random), self._begin, device)

@@ -135,7 +135,7 @@ class Connection:
     def __init__(self, plane: DataPlane, websocket: WebSocket, owner: Principal) -> None:
         self.plane, self.websocket, self.owner = plane, websocket, owner
         self.socket: GuardedWebSocket = websocket.scope[SOCKET]
-        self.write, self.pause, self.resume = self.socket.write, self.socket.pause, self.socket.resume
+        self.write = self.socket.write
         self.session: Session | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -165,7 +165,7 @@ class Connection:
             raise ProtocolError(f"the first frame is {request.kind.name}; send OPEN first")
         # ASGI has only the end of the connection from here on: the socket gives every message to the session
         left = asyncio.create_task(self.websocket.receive())
-        self.socket.attach(self._receive, self.plane.settings.max_streams)
+        self.socket.attach(self._receive, self.plane.settings.max_streams, self.plane.sockets)
         serving = asyncio.create_task(self._session(parse(request.payload, OpenRequest)))
         try:
             waited: set[asyncio.Future[Any]] = {left, serving, self._over}

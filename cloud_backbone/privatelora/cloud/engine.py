@@ -13,27 +13,32 @@ same machine or network needs to answer.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from operator import itemgetter
 
 import torch
 
 from privatelora.cloud.cost import measure_decoding, measure_long
 from privatelora.cloud.layers import Done, LayerRunner
 from privatelora.cloud.metrics import Counted
-from privatelora.cloud.passes import Batch, Pass, Point, Way
-from privatelora.cloud.payloads import CODEC, BadAnswers
+from privatelora.cloud.passes import Batch, Due, Pass, Point, Reply, Way
+from privatelora.cloud.payloads import CODEC, BadAnswers, exchanges, headers_of
 from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
+from privatelora.cloud.sockets import Sockets, Volley
 from privatelora.protocol.errors import PrivateLoraError
 
 SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
 switches are worth. With 32 rows on a thread of their own, beside the sockets, a service decoded 260 to 300 tokens/s;
 on the loop 185 to 270."""
+
+VOLLEY_PASSES = 4  # from which on messages go out together
 
 AHEAD = 16  # batches on the loop for which something may still be computed ahead; those that are older go without
 
@@ -43,8 +48,9 @@ class Engine:
 
     Parameters
     ----------
-    torch_threads : of the long lane; None is torch's choice. Decoded tokens get one: on two cores a token took 28 ms
-        from a service of one thread and 33 from one of two, since the second needs the core of sockets and devices.
+    torch_threads : of each lane's thread; None is torch's choice. On the loop, and for what is computed while answers
+        are on their way, there is one: the second needs the core of sockets and devices then. On two cores a token took
+        28 ms from a service of one thread and 33 from one of two.
     busy_poll_s : for how long the loop stays awake for a device that answers within that time.
     """
 
@@ -54,26 +60,30 @@ class Engine:
         counted: Counted,
         torch_threads: int | None = None,
         busy_poll_s: float = 0.0,
+        sockets: Sockets | None = None,
     ) -> None:
+        self.sockets = sockets
         self.runner, self.counted = runner, counted
-        self.waker = Waker(busy_poll_s, lambda: any(self._computing.values()))
+        self.waker = Waker(busy_poll_s, lambda: any(self._tasks.values()))
         self._threads = {lane: ThreadPoolExecutor(1, thread_name_prefix=lane) for lane in Lane}
-        counts = {Lane.DECODE: 1, Lane.LONG: torch_threads or torch.get_num_threads()}
-        for lane, thread in self._threads.items():
-            thread.submit(_use_threads, counts[lane]).result()
+        self.torch_threads = torch_threads or torch.get_num_threads()
+        for thread in self._threads.values():
+            thread.submit(_use_threads, self.torch_threads).result()
         _use_threads(1)  # the loop's own, after the others have taken their numbers
         self._streams = _streams(runner.device)
         long = self._threads[Lane.LONG].submit(measure_long, runner).result()
         self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner), Lane.LONG: long})
-        self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit
+        self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit that is not done
+        self._tasks = dict.fromkeys(Lane, 0)  # of the lane's thread: units, and what it computes ahead after each
+        self._called: set[Lane] = set()  # lanes in which something has become ready since their unit was begun
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._ahead: deque[Batch] = deque(maxlen=AHEAD)
 
     def submit(self, one: Pass, point: Point) -> None:
         """What `one` waited for has come: it can be computed at `point`."""
-        self.scheduler.ready(one, point, time.perf_counter())
-        self._wake(lane_of(point.way))
+        self.scheduler.ready([one], point, time.perf_counter())
+        self._call(lane_of(point.way))
 
     def close(self) -> None:
         """Wait for the units that are running."""
@@ -81,6 +91,11 @@ class Engine:
             thread.shutdown(wait=True, cancel_futures=True)
 
     # -- turns ---------------------------------------------------------------------------------------------------------
+
+    def _call(self, lane: Lane) -> None:
+        """Something has become ready."""
+        self._called.add(lane)
+        self._wake(lane)
 
     def _wake(self, lane: Lane) -> None:
         """Give the lane a turn once the loop has read the sockets that are readable now."""
@@ -99,7 +114,7 @@ class Engine:
         picked = self.scheduler.pick(lane, now)
         if isinstance(picked, Run):
             self._start(lane, picked.point, picked.passes)  # type: ignore[arg-type]  # the works that we gave it
-        elif lane is Lane.DECODE and self._ahead:
+        elif lane is Lane.DECODE and self._ahead and not self._tasks[lane]:
             started = time.perf_counter()
             self._run_ahead(lane, self._ahead.popleft())
             self._count(lane, time.perf_counter() - started, 0.0)
@@ -108,10 +123,10 @@ class Engine:
             self._timers[lane] = asyncio.get_running_loop().call_later(picked.until - now, self._turn, lane)
 
     def _start(self, lane: Lane, point: Point, passes: list[Pass]) -> None:
-        if lane is Lane.DECODE and sum(one.n for one in passes) <= SHORT_ROWS:
+        if lane is Lane.DECODE and not self._tasks[lane] and sum(one.n for one in passes) <= SHORT_ROWS:
             codec_s = CODEC.seconds
             done, seconds = self._compute(point, passes)
-            self._count(lane, seconds, CODEC.seconds - codec_s)
+            self._count(lane, sum(seconds), CODEC.seconds - codec_s)
             self._finish(point, passes, done, seconds)
             if isinstance(done, Done) and done.ahead is not None:
                 self._ahead.append(done.ahead)
@@ -120,6 +135,7 @@ class Engine:
             self._wake(lane)
             return
         self._computing[lane] = True
+        self._tasks[lane] += 1
         for one in passes:
             one.running = True
         self._threads[lane].submit(self._long, asyncio.get_running_loop(), lane, point, passes)
@@ -128,26 +144,40 @@ class Engine:
         """On the lane's thread: a unit, and then what needs no answer, while the replies are sent."""
         began, codec_s = time.thread_time(), CODEC.seconds
         done, seconds = self._compute(point, passes)
-        loop.call_soon_threadsafe(self._finish, point, passes, done, seconds)
+        loop.call_soon_threadsafe(self._done, lane, point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
+            _use_threads(1)
             self._run_ahead(lane, done.ahead)
+            _use_threads(self.torch_threads)
         self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)
         loop.call_soon_threadsafe(self._free, lane)
 
-    def _free(self, lane: Lane) -> None:
+    def _done(self, lane: Lane, point: Point, passes: list[Pass], done: Done | Exception, seconds: list[float]) -> None:
+        """The thread has computed a unit: it gets the next one before the replies of this one are sent."""
         self._computing[lane] = False
+        self._finish(point, passes, done, seconds, lambda: self._turn(lane))
+
+    def _free(self, lane: Lane) -> None:
+        self._tasks[lane] -= 1
         self._wake(lane)
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
-    def _compute(self, point: Point, passes: Sequence[Pass]) -> tuple[Done | Exception, float]:
-        started = time.perf_counter()
+    def _compute(self, point: Point, passes: Sequence[Pass]) -> tuple[Done | Exception, list[float]]:
+        """A unit, and the next layers where nobody in it is inline and nobody else waits; and each layer's seconds."""
+        lane, seconds = lane_of(point.way), []
+        self._called.discard(lane)
         try:
-            with self._streams[lane_of(point.way)]():
-                done: Done | Exception = self.runner.run(point, passes)
+            with self._streams[lane]():
+                while True:
+                    started = time.perf_counter()
+                    done = self.runner.run(point, passes)
+                    seconds.append(time.perf_counter() - started)
+                    if done.replies or lane in self._called or any(one.owner.closed for one in passes):
+                        return done, seconds
+                    point = done.onward[0][1]
         except Exception as error:  # noqa: BLE001 (the sessions of this unit are told; the process serves the others)
-            done = error
-        return done, time.perf_counter() - started
+            return error, seconds
 
     def _run_ahead(self, lane: Lane, batch: Batch) -> None:
         """What fails here fails again in the unit that takes the answers, which tells the sessions."""
@@ -160,7 +190,14 @@ class Engine:
         used.layers += seconds - codec_s
         used.codec += codec_s
 
-    def _finish(self, point: Point, passes: Sequence[Pass], done: Done | Exception, seconds: float) -> None:
+    def _finish(
+        self,
+        point: Point,
+        passes: Sequence[Pass],
+        done: Done | Exception,
+        seconds: list[float],
+        before_sending: Callable[[], None] = lambda: None,
+    ) -> None:
         """Back on the loop: sessions are told, and what goes on by itself is ready again."""
         for one in passes:
             one.running = False
@@ -175,36 +212,95 @@ class Engine:
             for one in passes:
                 one.owner.fail(done)
         else:
-            self.scheduler.used(passes, point, seconds)
-            self.counted.layer_seconds[point.way].observe(seconds)
-            self.counted.batch_rows[point.way].observe(sum(one.n for one in passes))
-            self.counted.batch_passes[point.way].observe(len(passes))
-            self._deliver(point, done)
+            self.scheduler.used(passes, point, sum(seconds))
+            for one_layer in seconds:
+                self.counted.layer_seconds[point.way].observe(one_layer)
+            self.counted.batch_rows[point.way].observe(sum(one.n for one in passes), len(seconds))
+            self.counted.batch_passes[point.way].observe(len(passes), len(seconds))
+            self._deliver(point, done, before_sending)
         for one in passes:
             one.owner.settle()
 
-    def _deliver(self, point: Point, done: Done) -> None:
+    def _deliver(self, point: Point, done: Done, before_sending: Callable[[], None]) -> None:
         now = time.perf_counter()
-        for one, onward in done.onward:
-            if not one.owner.closed:
-                self.scheduler.ready(one, onward, now)
+        for onward, going in itertools.groupby(done.onward, key=itemgetter(1)):
+            self.scheduler.ready([one for one, _ in going if not one.owner.closed], onward, now)
         if done.onward:
             self._wake(lane_of(point.way))
-        for one, reply in done.replies:
+        volleys = [(reply, self._volley(reply, now)) for reply in done.replies]
+        before_sending()
+        for reply, volley in volleys:
+            if volley is None:
+                self._tell(reply, point, now)
+            elif self.sockets is not None:
+                self.sockets.post(volley)
+        if self.sockets is not None:
+            self.sockets.flush()
+        if done.replies:
+            self.counted.wire_seconds[point.way].observe(time.perf_counter() - now)
+
+    def _tell(self, reply: Reply, point: Point, now: float) -> None:
+        """Have each session send its part of a reply."""
+        for one, header, data, due, due_header in exchanges(reply):
             if one.owner.closed:
                 continue
-            if reply.due is not None:
-                self.scheduler.expect(one, reply.due.point, now)
+            if due is not None:
+                self.scheduler.expect([one], due.point, now)
             elif point.way is Way.DECODE:
-                self.scheduler.expect_next(one, one.first_point, now)
+                self.scheduler.expect_next([one], one.first_point, now)
             else:
                 self.scheduler.leave(one)
             try:
-                one.owner.reply(one, reply)
+                one.owner.reply(one, header, data, due, due_header)
             except PrivateLoraError as error:  # its quota is spent: the others of the batch get theirs
                 one.owner.fail(error)
-        if done.replies:
-            self.counted.wire_seconds[point.way].observe(time.perf_counter() - now)
+
+    # -- exchanges of a batch ------------------------------------------------------------------------------------------
+
+    def _volley(self, reply: Reply, now: float) -> Volley | None:
+        """A reply as messages that are sent to all at once, whose answers are read the same way; None if it cannot be.
+
+        Sessions are not asked: 32 of them have a thousand exchanges a token, which at 10 us of Python each took as long
+        as half of the layers.
+        """
+        passes, wire, _, _, rows, width, data, then = reply
+        if self.sockets is None or then is None or len(passes) < VOLLEY_PASSES:
+            return None
+        if not all(one.direct and not one.owner.closed for one in passes):
+            return None
+        files = [one.owner.socket.file for one in passes]
+        if min(files) < 0 or rows.count(rows[0]) < len(rows):
+            return None
+        kind, due_width, point = then
+        due = Due(kind, (rows[0], *due_width), wire.nbytes((rows[0], *due_width)), point)
+        headers, due_headers = headers_of(reply)
+        moved = wire.nbytes((rows[0], *width))
+        for one in passes:
+            one.due, one.told_at = due, now
+            one.moved_up += due.nbytes
+            one.moved_down += moved
+        self.scheduler.expect(passes, point, now)
+
+        def take(volley: Volley, came: list[int]) -> None:
+            self._answered([passes[row] for row in came], came, due, volley)
+
+        sockets = [one.owner.socket for one in passes]
+        return Volley(sockets, files, b"".join(headers), data, b"".join(due_headers), due.nbytes, take)
+
+    def _answered(self, passes: list[Pass], rows: list[int], due: Due, volley: Volley) -> None:
+        now, size, answers = time.perf_counter(), due.nbytes, memoryview(volley.answers)
+        shape, observed = due.shape, self.counted.device_seconds[due.point.way]
+        observed.observe(now - passes[0].told_at, len(passes))
+        came = []
+        for one, row in zip(passes, rows, strict=True):
+            owner = one.owner
+            if one.due is due and not owner.closed:
+                owner.heard_at, owner.parked = now, False
+                one.due, one.answer, one.answer_shape = None, answers[row * size : (row + 1) * size], shape
+                came.append(one)
+        batch = passes[0].batch
+        self.scheduler.ready(came, due.point, now, batch is not None and batch.alike)
+        self._call(lane_of(due.point.way))
 
 
 def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextManager[object]]]:

@@ -15,6 +15,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import apply_mask  # type: ignore[attr-defined]  # its C form where there is one
 from websockets.http11 import Request
 
+from privatelora.cloud.sockets import BINARY, MASKED, TWO_BYTES, Sockets, frame_start
+
 HANDSHAKE_TIMEOUT_S = 10.0  # for a request to arrive, for OPEN after an upgrade, and for a last message to be taken
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 MAX_REQUEST_BYTES = 64 * 1024  # head and body together; no route takes a body
@@ -65,10 +67,7 @@ class GuardedHttp(HttpToolsProtocol):
 
 SOCKET = "privatelora.socket"  # key of an ASGI scope under which a WebSocket's protocol object is found
 
-# Frames of RFC 6455, 5.2
-BINARY, MASKED = 0x82, 0x80  # first byte of a binary message in one frame; the second byte's flag
-TWO_BYTES, EIGHT_BYTES = 126, 127  # the second byte's length where it stands for one that follows
-MASK_BYTES = 4
+MASK_BYTES = 4  # of RFC 6455, 5.2
 
 
 class GuardedWebSocket(WebSocketsSansIOProtocol):
@@ -84,13 +83,15 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     _pauses: Set[str] = frozenset()  # why nothing is read from the peer
     _cuts = False  # whether what comes is cut into frames: once the handshake is over
     _partial = bytearray()  # the beginning of a frame
+    _sockets: Sockets | None = None  # which reads and writes in place of the transport
+    _file = -1
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
         if self.handshake_initiated and not self.handshake_complete:
             cast(dict[str, Any], self.scope)[SOCKET] = self
 
-    def attach(self, deliver: Callable[[bytes], None], untaken: int) -> None:
+    def attach(self, deliver: Callable[[bytes], None], untaken: int, sockets: Sockets | None = None) -> None:
         """Give every message to `deliver` from now on, what has come already first; it must not raise.
 
         A peer that has not taken `untaken` messages is not read before it does: it may send while it takes nothing, but
@@ -107,34 +108,74 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
+        if sockets is not None and self.transport.get_extra_info("sslcontext") is None and not self._partial:
+            self.transport.pause_reading()
+            self._file = self.transport.get_extra_info("socket").fileno()
+            sockets.add(self, self._file)
+            self._sockets = sockets
+
+    def message(self, data: bytes) -> None:
+        if not self.transport.is_closing() and self._deliver is not None:
+            self._deliver(data)
+
+    def raw(self, data: bytes) -> bool:
+        if not self.transport.is_closing():
+            self.data_received(data)
+        return bool(self._partial) or self.conn.current_size is not None or not self._cuts
+
+    def end(self) -> None:
+        self._leave_sockets()
+
+    @property
+    def file(self) -> int:
+        """Of its socket, if `Sockets` reads and writes it and nothing else is to be written before; else -1."""
+        if self._sockets is None or self.transport.is_closing() or self._sockets.clogged(self, self._file):
+            return -1
+        return self._file
+
+    def answered(self) -> None:
+        """What was due has come another way."""
+        if self._sockets is not None:
+            self._sockets.answered(self._file)
+
+    def _leave_sockets(self) -> None:
+        if self._sockets is not None:
+            self._sockets.remove(self._file)
+            self._sockets = None
+            if not self._pauses and not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def pause(self, reason: str) -> None:
         """Read nothing from the peer while there is this reason, or any other."""
         self._pauses |= {reason}
-        self.transport.pause_reading()
+        if self._sockets is not None:
+            self._sockets.pause(self._file)
+        else:
+            self.transport.pause_reading()
 
     def resume(self, reason: str) -> None:
         """This reason is gone."""
         if reason in self._pauses:
             self._pauses -= {reason}
             if not self._pauses and not self.transport.is_closing():
-                self.transport.resume_reading()
+                if self._sockets is not None:
+                    self._sockets.resume(self._file)
+                else:
+                    self.transport.resume_reading()
 
     def write(self, head: bytes, body: bytes | memoryview) -> None:
         """Send one binary message, once the peer takes it."""
-        length = len(head) + len(body)
-        if length < TWO_BYTES:
-            start = bytes((BINARY, length))
-        elif length < 1 << 16:
-            start = b"\x82\x7e" + length.to_bytes(2, "big")
-        else:
-            start = b"\x82\x7f" + length.to_bytes(8, "big")
-        if not self.transport.is_closing():
-            self.transport.write(b"".join((start, head, body)))
-            if not self.writable.is_set():
-                self._untaken += 1
-                if self._untaken >= self._most_untaken:
-                    self.pause("untaken")
+        if self.transport.is_closing():
+            return
+        start = frame_start(len(head) + len(body))
+        if self._sockets is not None and not self._sockets.clogged(self, self._file):
+            self._sockets.write(self, self._file, start + head, body)
+            return
+        self.transport.write(b"".join((start, head, body)))
+        if not self.writable.is_set():
+            self._untaken += 1
+            if self._untaken >= self._most_untaken:
+                self.pause("untaken")
 
     def data_received(self, data: bytes) -> None:
         if not self._cuts:
@@ -185,6 +226,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
         if self._deliver is not None and self.curr_msg_data_type == "bytes":
             self._deliver(bytes(self.bytes))
         else:
+            self._leave_sockets()
             super().send_receive_event_to_app()
 
     def shutdown(self) -> None:
@@ -201,12 +243,15 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
 
     def handle_ping(self) -> None:
         if self.writable.is_set():
+            if self._sockets is not None:
+                self._sockets.clog(self._file)
             super().handle_ping()
         else:
             self.conn.data_to_send()  # the pong; a peer that does not read gets none
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.writable.set()  # nobody waits for a peer that is gone
+        self._leave_sockets()
         super().connection_lost(exc)
 
     async def run_asgi(self) -> None:

@@ -12,7 +12,7 @@ not change, q, k and v at a cut and their gradient's way back, `ahead` computes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,42 +20,45 @@ from torch import Tensor
 
 from privatelora.cloud.passes import (
     Batch,
-    Due,
+    Group,
     Pass,
     Point,
     Reply,
     Stage,
     Way,
+    by_wire,
     gather,
     gather_saved,
     groups,
+    parted,
     put_rows,
     ragged_of,
     rows_of,
 )
-from privatelora.cloud.payloads import read_payloads, write_payloads
+from privatelora.cloud.payloads import read_answers, write_reply
 from privatelora.decoder.backward import add_delta_back, encode_back, finish_back, finish_keeping, normed_back
 from privatelora.decoder.config import ModelConfig
-from privatelora.decoder.layer import InlineWeights, add_delta, encode, finish, normed, project
+from privatelora.decoder.layer import add_delta, encode, finish, normed, project
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.decoder.weights import LayerWeights
 from privatelora.protocol.adapter import PROJECTIONS
+from privatelora.protocol.codec import WireDtype
 from privatelora.protocol.frames import NO_LAYER, Kind
 
-Answers = list[tuple[InlineWeights, list[Pass], Tensor]]
-"""What came for an inline layer, (n', ...), by the A and B that it belongs to."""
+Answers = list[tuple[Group, Tensor]]
+"""What came for an inline layer, (n', ...), by the passes whose rows it is for."""
 
 
 @dataclass
 class Done:
     """What a unit of work led to.
 
-    replies : of passes that have something to tell their device, and cannot go on before it answers.
+    replies : what passes tell their devices; they cannot go on before those answer, or are over.
     onward : passes that go on, and where they stand.
     ahead : the batch of which answers are awaited, if `LayerRunner.ahead` has something to do for it.
     """
 
-    replies: list[tuple[Pass, Reply]] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
     onward: list[tuple[Pass, Point]] = field(default_factory=list)
     ahead: Batch | None = None
 
@@ -90,22 +93,32 @@ class LayerRunner:
         Raises `BadAnswers` before anything was computed; the unit can be run without the passes that it names.
         """
         done = Done()
-        if point.stage in (Stage.ENTER, Stage.BACK_ENTER):
-            came = read_payloads(passes, self.dtype, self.device)  # (n, d), or (n_o, d) on the way back
+        if point.stage is Stage.ENTER or point.stage is Stage.BACK_ENTER:
             ragged = ragged_of(self.config, self.tables, passes)
+            batch = Batch(passes, ragged, {})
+            came = self._entered(batch)  # (n, d), or (n_o, d) on the way back
             if point.stage is Stage.ENTER:
-                self._arrive(Batch(passes, ragged, {"h": came}), point.way, point.layer, done)
+                batch.tensors["h"] = came
+                self._arrive(batch, point.way, point.layer, done)
             else:
-                self._descend(Batch(passes, ragged, {"dh": _all_rows(came, passes)}), point.layer, done)
+                batch.tensors["dh"] = _all_rows(came, passes)
+                self._descend(batch, point.layer, done)
         else:
             batch = gather(self.config, self.tables, passes)
             answers = [  # in the order of the batch's rows, which need not be that in which they came
-                (inline, members, read_payloads(members, self.dtype, self.device))
-                for inline, members in groups(batch.members, point.layer)
+                (group, read_answers(group.passes, group.wire, self.dtype, self.device))
+                for group in groups(batch, batch.members, point.layer)
             ]
             self.ahead(batch)
             (self._forward if point.stage is Stage.RESUME else self._backward)(batch, point, answers, done)
         return done
+
+    def _entered(self, batch: Batch) -> Tensor:
+        """What came with the frames that begin this way, in the order of the batch's rows."""
+        members = batch.members
+        if len(by_wire(batch, members)) == 1:
+            return read_answers(members, members[0].wire, self.dtype, self.device)
+        return torch.cat([read_answers([one], one.wire, self.dtype, self.device) for one in members])
 
     @torch.inference_mode()
     def ahead(self, batch: Batch) -> None:
@@ -122,7 +135,7 @@ class LayerRunner:
         """v (n', 3, r_up) has come where it was due: the rest of the layer, and up to the next."""
         layer, weights = point.layer, self.layers[point.layer]
         qkv, h = batch.tensors.pop("qkv"), batch.tensors["h"]
-        for inline, members, v in answers:
+        for (inline, _, members), v in answers:
             qkv = put_rows(qkv, members, batch, add_delta(self.config, rows_of(qkv, members, batch), v, inline))
         keeping = [one for one in batch.members if point.way is Way.TRAIN and layer >= one.lowest_trained]
         if keeping:
@@ -138,29 +151,27 @@ class LayerRunner:
     def _arrive(self, batch: Batch, way: Way, layer: int, done: Done) -> None:
         """h has come to the input of `layer`: passes that end here leave, those that are inline here give u."""
         h = batch.tensors["h"]
-        over, going = _parted(batch, lambda one: layer == one.end)
-        if over:
-            done.replies += _results(over, rows_of(h, over, batch))
+        over, going = parted(batch, lambda one: layer == one.end)
+        for wire, members in by_wire(batch, over) if over else ():
+            done.replies.append(_result(members, wire, rows_of(h, members, batch)))
         if not going:
             return
         batch.layer = layer
         x = batch.tensors["x"] = normed(self.config, self.layers[layer], h)
-        for inline, members in groups(going, layer):
+        resumed = Point(way, Stage.RESUME, layer)
+        for inline, wire, members in groups(batch, going, layer):
             u = encode(rows_of(x, members, batch), inline)  # (n', E, r_down)
-            resumed = Point(way, Stage.RESUME, layer)
-            for one, (shape, data) in zip(members, write_payloads(members, u), strict=True):
-                due = Due(Kind.DELTA, (one.n, len(PROJECTIONS), inline.b.shape[1]), resumed)
-                done.replies.append((one, Reply(Kind.ENCODED, layer, shape, data, due)))
+            due = Kind.DELTA, (len(PROJECTIONS), inline.b.shape[1]), resumed
+            done.replies.append(write_reply(members, wire, Kind.ENCODED, layer, u, [one.n for one in members], due))
             done.ahead = batch
-        onward = Point(way, Stage.RESUME, layer)
-        done.onward += [(one, onward) for one in going if layer not in one.inline]
+        self._go_on(batch, going, resumed, done)
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
     def _backward(self, batch: Batch, point: Point, answers: Answers, done: Done) -> None:
         """dL/du (n', E, r_down) has come where it was due: through the layer's norm, and into the layer below."""
         dx = batch.tensors["dx"]
-        for inline, members, du in answers:
+        for (inline, _, members), du in answers:
             dx = put_rows(dx, members, batch, rows_of(dx, members, batch) + encode_back(du, inline))
         through_norm = normed_back(self.config, self.layers[point.layer], batch.tensors["h"], dx)
         batch.tensors = {"dh": batch.tensors["dh"] + through_norm}
@@ -168,51 +179,51 @@ class LayerRunner:
 
     def _descend(self, batch: Batch, layer: int, done: Done) -> None:
         """dL/dh of the output of `layer`: passes that began above it leave, others go through MLP and attention."""
-        over, going = _parted(batch, lambda one: layer < one.placement.first)
-        if over:
-            payloads = write_payloads(over, rows_of(batch.tensors["dh"], over, batch))
-            for one, (shape, data) in zip(over, payloads, strict=True):
-                done.replies.append((one, Reply(Kind.GRAD_HIDDEN, NO_LAYER, shape, data, None)))
+        over, going = parted(batch, lambda one: layer < one.placement.first)
+        for wire, members in by_wire(batch, over) if over else ():
+            dh, rows = rows_of(batch.tensors["dh"], members, batch), [one.n for one in members]
+            done.replies.append(write_reply(members, wire, Kind.GRAD_HIDDEN, NO_LAYER, dh, rows, None))
         if not going:
             return
         batch = gather(self.config, self.tables, going)
         saved = gather_saved(going, layer)
         dh, dqkv = finish_back(self.config, layer, self.layers[layer], saved, batch.tensors["dh"], batch.ragged)
         batch.layer, batch.tensors = layer, {"dh": dh, "dqkv": dqkv, "h": saved.h}
-        for inline, members in groups(going, layer):
-            dv = add_delta_back(self.config, rows_of(dqkv, members, batch), inline)  # (n', 3, r_up)
-            resumed = Point(Way.BACKWARD, Stage.BACK_RESUME, layer)
-            for one, (shape, data) in zip(members, write_payloads(members, dv), strict=True):
-                awaits_u = one.placement.trains_first or layer > one.lowest_trained
-                r_down = inline.a.shape[0] // inline.encoders
-                due = Due(Kind.GRAD_ENCODED, (one.n, inline.encoders, r_down), resumed) if awaits_u else None
-                done.replies.append((one, Reply(Kind.GRAD_DELTA, layer, shape, data, due)))
+        resumed = Point(Way.BACKWARD, Stage.BACK_RESUME, layer)
+        for inline, wire, members in groups(batch, going, layer):
+            due = Kind.GRAD_ENCODED, (inline.encoders, inline.a.shape[0] // inline.encoders), resumed
+            last = [one for one in members if not one.placement.trains_first and layer == one.lowest_trained]
+            for some, then in ((last, None), ([one for one in members if one not in last] if last else members, due)):
+                if some:
+                    dv = add_delta_back(self.config, rows_of(dqkv, some, batch), inline)  # (n', 3, r_up)
+                    rows = [one.n for one in some]
+                    done.replies.append(write_reply(some, wire, Kind.GRAD_DELTA, layer, dv, rows, then))
             done.ahead = batch
-        onward = Point(Way.BACKWARD, Stage.BACK_RESUME, layer)
-        done.onward += [(one, onward) for one in going if layer not in one.inline]
+        self._go_on(batch, going, resumed, done)
+
+    def _go_on(self, batch: Batch, going: Sequence[Pass], point: Point, done: Done) -> None:
+        """Those that are not inline there need no answer."""
+        if batch.alike:
+            inline = point.layer in going[0].inline
+            done.onward += [] if inline else [(one, point) for one in going]
+        else:
+            done.onward += [(one, point) for one in going if point.layer not in one.inline]
 
 
-def _parted(batch: Batch, test: Callable[[Pass], bool]) -> tuple[list[Pass], list[Pass]]:
-    """Members that pass the test, and the others."""
-    chosen = [one for one in batch.members if test(one)]
-    return chosen, [one for one in batch.members if one not in chosen] if chosen else batch.members
-
-
-def _results(over: Sequence[Pass], h: Tensor) -> Iterator[tuple[Pass, Reply]]:
+def _result(over: Sequence[Pass], wire: WireDtype, h: Tensor) -> Reply:
     """h_{L-last} (n, d) of passes that have come to their end: each gets the rows that its device asked for."""
-    if all(one.n == 1 or one.rows is None for one in over):
-        payloads = write_payloads(over, h)
-    else:
-        parts = torch.split(h, [one.n for one in over])
-        chosen = [part if one.rows is None else part[one.rows] for one, part in zip(over, parts, strict=True)]
-        payloads = [payload for one, part in zip(over, chosen, strict=True) for payload in write_payloads([one], part)]
-    for one, (shape, data) in zip(over, payloads, strict=True):
+    rows = [one.n for one in over]
+    if not all(one.n == 1 or one.rows is None for one in over):
+        parts = torch.split(h, rows)
+        h = torch.cat([part if one.rows is None else part[one.rows] for one, part in zip(over, parts, strict=True)])
+        rows = [one.n if one.rows is None else len(one.rows) for one in over]
+    for one in over:
         for cache, start, length in zip(one.caches or (), one.starts, one.lengths, strict=False):
             cache.length = start + length
-        due = None
-        if one.way is Way.TRAIN:
-            due = Due(Kind.GRAD_HIDDEN, shape, Point(Way.BACKWARD, Stage.BACK_ENTER, one.end - 1))
-        yield one, Reply(Kind.HIDDEN, NO_LAYER, shape, data, due)
+    due = None
+    if over[0].way is Way.TRAIN:
+        due = Kind.GRAD_HIDDEN, tuple(h.shape[1:]), Point(Way.BACKWARD, Stage.BACK_ENTER, over[0].end - 1)
+    return write_reply(over, wire, Kind.HIDDEN, NO_LAYER, h, rows, due)
 
 
 def _all_rows(grad: Tensor, passes: Sequence[Pass]) -> Tensor:

@@ -41,9 +41,9 @@ class Histogram:
     def count(self) -> int:
         return sum(self.counts)
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.total += times * value
 
 
 def _by_way(bounds: Sequence[float]) -> dict[Way, Histogram]:

@@ -12,7 +12,7 @@ when, and afterwards each pass still knows which rows of which batch are its own
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, Protocol
@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from privatelora.cloud.sockets import Socket
 from privatelora.decoder.backward import Saved
 from privatelora.decoder.config import ModelConfig
 from privatelora.decoder.kv import KVCache
@@ -27,7 +28,7 @@ from privatelora.decoder.layer import InlineWeights
 from privatelora.decoder.ragged import Ragged
 from privatelora.decoder.rotary import RotaryTables
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.frames import Kind
+from privatelora.protocol.frames import Kind, Phase
 from privatelora.protocol.placement import Placement
 
 
@@ -39,6 +40,16 @@ class Way(StrEnum):
     SCORE = "score"  # whole sequences, nothing kept
     TRAIN = "train"  # whole sequences, kept for the way back
     BACKWARD = "backward"
+
+
+PHASES = {
+    Way.DECODE: Phase.GENERATE,
+    Way.PREFILL: Phase.GENERATE,
+    Way.SCORE: Phase.SCORE,
+    Way.TRAIN: Phase.TRAIN,
+    Way.BACKWARD: Phase.BACKWARD,
+}
+"""What a way is called on the wire."""
 
 
 class Stage(IntEnum):
@@ -63,17 +74,26 @@ class Due(NamedTuple):
 
     kind: Kind
     shape: tuple[int, ...]
+    nbytes: int
     point: Point
 
 
 class Reply(NamedTuple):
-    """What a pass tells its device; without `due` the pass is over."""
+    """What passes of one way and wire tell their devices.
 
+    rows, width : pass number i is told a tensor (rows[i], *width); data has them end to end.
+    due : kind and width of what each device answers with, as many rows as it was told, and where its pass stands then;
+        without it the passes are over.
+    """
+
+    passes: Sequence[Pass]
+    wire: WireDtype
     kind: Kind
     layer: int
-    shape: tuple[int, ...]
+    rows: Sequence[int]
+    width: tuple[int, ...]
     data: memoryview | bytes
-    due: Due | None
+    due: tuple[Kind, tuple[int, ...], Point] | None
 
 
 @dataclass(eq=False)
@@ -91,8 +111,11 @@ class Owner(Protocol):
 
     account: Account
     closed: bool
+    parked: bool
+    heard_at: float
+    socket: Socket
 
-    def reply(self, one: Pass, reply: Reply) -> None: ...
+    def reply(self, one: Pass, header: bytes, data: memoryview | bytes, due: Due | None, due_header: bytes) -> None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
@@ -111,7 +134,10 @@ class Pass:
     lengths, starts, caches : of its sequences; caches only where tokens are cached.
     rows : (n_o,) which rows of the result the device needs; None for all.
     end : the layer after the service's last.
-    wire : element type of its frames.
+    wire, address : element type of its frames, and session, step and stream in their headers.
+    direct : whether the engine exchanges frames with its device by itself, a batch at a time (`engine.py`).
+    due : the frame that the device has to send next, since `told_at`.
+    moved_up, moved_down : payload bytes that such exchanges have moved.
     answer, answer_shape : what came for the point where it stands, until that is computed.
     running : whether a thread computes it now.
     """
@@ -126,6 +152,12 @@ class Pass:
     rows: Tensor | None
     end: int
     wire: WireDtype
+    address: bytes = b""
+    direct: bool = False
+    due: Due | None = None
+    told_at: float = 0.0
+    moved_up: int = 0
+    moved_down: int = 0
     answer: memoryview | bytes = b""
     answer_shape: tuple[int, ...] = ()
     batch: Batch | None = None
@@ -135,15 +167,12 @@ class Pass:
 
     def __post_init__(self) -> None:
         self.n = sum(self.lengths)
+        self.account = self.owner.account
 
     def forget(self) -> None:
         """It is over: let go of its tensors now, not when the garbage collector finds the circle of pass and batch."""
         self.batch, self.answer = None, b""
         self.saved.clear()
-
-    @property
-    def account(self) -> Account:
-        return self.owner.account
 
     @property
     def first_point(self) -> Point:
@@ -169,11 +198,22 @@ class Pass:
         return self.placement.first if self.placement.trains_first else self.placement.inline[0]
 
 
+class Group(NamedTuple):
+    """Passes of a batch that are inline at a layer with the same A and B, and whose frames have one element type."""
+
+    inline: InlineWeights
+    wire: WireDtype
+    passes: Sequence[Pass]
+
+
 class Batch:
     """Rows of passes that were computed together up to `layer`, in the order of `members`; `tensors` have as many rows.
 
     Forward: h (n, d), x (n, d), and qkv (n, q+k+v) once it was computed. Backward: dh (n, d), dqkv (n, q+k+v), h (n, d)
     that the layer began with, and dx (n, d) once it was computed.
+
+    alike : whether all members have the same placement, A and B and element type, so that what is done for one of them
+        is done for all.
     """
 
     def __init__(self, members: Sequence[Pass], ragged: Ragged, tensors: dict[str, Tensor]) -> None:
@@ -183,6 +223,10 @@ class Batch:
         for member in self.members:
             member.batch, member.span = self, slice(at, at + member.n)
             at += member.n
+        first, *others = self.members
+        self.alike = all(
+            one.wire is first.wire and one.placement == first.placement and one.inline == first.inline for one in others
+        )
 
 
 def ragged_of(config: ModelConfig, tables: RotaryTables, passes: Sequence[Pass]) -> Ragged:
@@ -229,14 +273,31 @@ def gather_saved(passes: Sequence[Pass], layer: int) -> Saved:
     return Saved.joined([saved.of_rows(span) for saved, span in kept])
 
 
-def groups(passes: Sequence[Pass], layer: int) -> list[tuple[InlineWeights, list[Pass]]]:
-    """The passes that are inline at `layer`, by the A and B that they use."""
-    found: dict[int, tuple[InlineWeights, list[Pass]]] = {}
+def parted(batch: Batch, test: Callable[[Pass], bool]) -> tuple[list[Pass], list[Pass]]:
+    """Members that pass a test of their placement, and the others."""
+    if batch.alike:
+        return (batch.members, []) if test(batch.members[0]) else ([], batch.members)
+    return [one for one in batch.members if test(one)], [one for one in batch.members if not test(one)]
+
+
+def groups(batch: Batch, passes: Sequence[Pass], layer: int) -> list[Group]:
+    """The passes of a batch that are inline at `layer`, by the A and B that they use and their wire."""
+    if batch.alike:
+        inline = passes[0].inline.get(layer)
+        return [] if inline is None else [Group(inline, passes[0].wire, passes)]
+    found: dict[tuple[InlineWeights, WireDtype], list[Pass]] = {}
     for one in passes:
         inline = one.inline.get(layer)
         if inline is not None:
-            found.setdefault(id(inline), (inline, []))[1].append(one)
-    return list(found.values())
+            found.setdefault((inline, one.wire), []).append(one)
+    return [Group(inline, wire, some) for (inline, wire), some in found.items()]
+
+
+def by_wire(batch: Batch, passes: Sequence[Pass]) -> list[tuple[WireDtype, Sequence[Pass]]]:
+    """The passes by the element type of their frames."""
+    if batch.alike:
+        return [(passes[0].wire, passes)]
+    return [(wire, [one for one in passes if one.wire is wire]) for wire in dict.fromkeys(one.wire for one in passes)]
 
 
 def rows_of(tensor: Tensor, passes: Sequence[Pass], batch: Batch) -> Tensor:

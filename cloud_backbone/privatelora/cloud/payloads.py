@@ -1,28 +1,26 @@
-"""Tensors of many frames to and from one tensor of a batch: the wire's codec, once a batch instead of once a frame.
+"""Frames and tensors of many passes at once: the wire's codec, once a batch instead of once a frame.
 
-`layers.py` reads answers and writes replies with it. That what came has the length of its shape was checked when it
-arrived (`session.py`); whether its elements are finite is checked here. `CODEC` counts what it takes.
+`layers.py` reads answers and writes replies with it; `exchanges` cuts a reply into what each device is told. That what
+came has the length of its shape was checked when it arrived (`session.py`); whether its elements are finite is checked
+here. `CODEC` counts what reading and writing take.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from privatelora.cloud.passes import Pass
+from privatelora.cloud.passes import PHASES, Due, Pass, Point, Reply
 from privatelora.decoder.tensors import to_array, to_tensor
 from privatelora.protocol.codec import WireDtype, decode, encode
 from privatelora.protocol.errors import ProtocolError
-
-Payload = tuple[tuple[int, ...], memoryview | bytes]
-"""(shape, bytes)"""
-
+from privatelora.protocol.frames import NO_LAYER, Kind, pack_headers
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -62,12 +60,14 @@ class BadAnswers(Exception):
 
 
 @_counted
-def read_payloads(passes: Sequence[Pass], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The answers of `passes`, end to end by their first axis, in the compute dtype; raises `BadAnswers`."""
-    wires = {one.wire for one in passes}
-    if len(wires) > 1 or WireDtype.INT8 in wires:  # int8 has its scales first, frame by frame
-        return torch.cat([_read([one], one.wire, dtype, device) for one in passes])
-    return _read(passes, wires.pop(), dtype, device)
+def read_answers(passes: Sequence[Pass], wire: WireDtype, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The answers of `passes`, all of one wire, end to end by their first axis, in the compute dtype.
+
+    Raises `BadAnswers`.
+    """
+    if wire is WireDtype.INT8 and len(passes) > 1:  # it has its scales first, frame by frame
+        return torch.cat([_read([one], wire, dtype, device) for one in passes])
+    return _read(passes, wire, dtype, device)
 
 
 def _read(passes: Sequence[Pass], wire: WireDtype, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -89,19 +89,55 @@ def _error(one: Pass) -> ProtocolError | None:
 
 
 @_counted
-def write_payloads(passes: Sequence[Pass], tensor: Tensor) -> Iterable[Payload]:
-    """What each pass is sent of `tensor`, whose rows are theirs, end to end."""
-    if len(passes) == 1:
-        return [(tuple(tensor.shape), encode(to_array(tensor, passes[0].wire), passes[0].wire))]
-    width, payloads, at = tuple(tensor.shape[1:]), [], 0
-    forms: dict[WireDtype, tuple[memoryview, int]] = {}  # the whole tensor's bytes by element type, and a row's
-    for one in passes:
-        shape, rows, at = (one.n, *width), slice(at, at + one.n), at + one.n
-        if one.wire is WireDtype.INT8:
-            payloads.append((shape, encode(to_array(tensor[rows], one.wire), one.wire)))
-            continue
-        if one.wire not in forms:
-            forms[one.wire] = memoryview(encode(to_array(tensor, one.wire), one.wire)), one.wire.nbytes((1, *width))
-        data, row_bytes = forms[one.wire]
-        payloads.append((shape, data[rows.start * row_bytes : rows.stop * row_bytes]))
-    return payloads
+def write_reply(
+    passes: Sequence[Pass],
+    wire: WireDtype,
+    kind: Kind,
+    layer: int,
+    tensor: Tensor,
+    rows: Sequence[int],
+    due: tuple[Kind, tuple[int, ...], Point] | None,
+) -> Reply:
+    """What `passes`, all of one wire, are told of `tensor`, of which `rows` are theirs, end to end."""
+    if wire is WireDtype.INT8 and len(passes) > 1:
+        parts = torch.split(tensor, list(rows))
+        data: memoryview | bytes = b"".join([encode(to_array(part, wire), wire) for part in parts])
+    else:
+        data = encode(to_array(tensor, wire), wire)
+    return Reply(passes, wire, kind, layer, rows, tuple(tensor.shape[1:]), data, due)
+
+
+class Exchange(NamedTuple):
+    """What one pass's device is told, and what it has to answer with: the frame and its header."""
+
+    one: Pass
+    header: bytes
+    data: memoryview | bytes
+    due: Due | None
+    due_header: bytes
+
+
+def headers_of(reply: Reply) -> tuple[list[bytes], list[bytes]]:
+    """Headers of a reply's frames, and of those that are due then, if any."""
+    passes, wire, kind, layer, rows, width, _, then = reply
+    addresses = [one.address for one in passes]
+    headers = pack_headers(kind, PHASES[passes[0].way], wire, rows, width, addresses, layer)
+    if then is None:
+        return headers, [b""] * len(passes)
+    due_kind, due_width, point = then
+    due_layer = NO_LAYER if due_kind is Kind.GRAD_HIDDEN else point.layer
+    return headers, pack_headers(due_kind, PHASES[point.way], wire, rows, due_width, addresses, due_layer)
+
+
+def exchanges(reply: Reply) -> Iterator[Exchange]:
+    """A reply, pass by pass."""
+    passes, wire, _, _, rows, width, data, then = reply
+    dues: dict[int, Due | None] = dict.fromkeys(rows)
+    if then is not None:
+        kind, due_width, point = then
+        dues = {n: Due(kind, (n, *due_width), wire.nbytes((n, *due_width)), point) for n in dues}
+    view, row_bytes, at = memoryview(data), wire.nbytes((1, *width)), 0
+    for one, n, header, due_header in zip(passes, rows, *headers_of(reply), strict=True):
+        end = at + n * row_bytes
+        yield Exchange(one, header, view[at:end], dues[n], due_header)
+        at = end

@@ -26,6 +26,7 @@ from privatelora.cloud.memory import SHARE, Memory, available_bytes
 from privatelora.cloud.metrics import Metrics
 from privatelora.cloud.resources import Resources
 from privatelora.cloud.session import Session
+from privatelora.cloud.sockets import Socket, Sockets
 from privatelora.cloud.waiting import RETRY_S, Line, Waiter
 from privatelora.decoder.kv import KVPool
 from privatelora.protocol.errors import AdmissionError, ConfigurationError
@@ -76,15 +77,14 @@ class Peer(Protocol):
 
     owner: Principal
 
+    @property
+    def socket(self) -> Socket: ...
+
     def write(self, header: bytes, payload: memoryview | bytes) -> None: ...
 
     def fail(self, error: BaseException) -> None: ...
 
     def tell_place(self, place: int, waiting: int) -> None: ...
-
-    def pause(self, reason: str) -> None: ...
-
-    def resume(self, reason: str) -> None: ...
 
 
 @dataclass
@@ -113,8 +113,12 @@ class DataPlane:
         runner = LayerRunner(
             config, backbone.layers, backbone.tables, backbone.device, backbone.dtype, settings.kept_layers
         )
+        self.sockets = Sockets.create(self.limits.max_message_bytes)
         self.metrics = Metrics(self)
-        self.engine = Engine(runner, self.metrics.counted, settings.torch_threads, settings.busy_poll_ms / 1e3)
+        self.engine = Engine(
+            runner, self.metrics.counted, settings.torch_threads, settings.busy_poll_ms / 1e3,
+            self.sockets,
+        )  # fmt: skip
         kept, lean = row_bytes(runner)
         self.resources = Resources(
             backbone, self.limits, self.engine, self.pool, self.memory, self.reclaim, self.check_serving, kept, lean
@@ -173,8 +177,7 @@ class DataPlane:
             peer.write,
             lambda up, down: self.quota.spend(peer.owner, up, down),
             peer.fail,
-            peer.pause,
-            peer.resume,
+            peer.socket,
         )
         self.sessions[session.id] = session
         return session

@@ -1,7 +1,7 @@
 """Which passes are computed next: a ready queue for every point of the model, merged into batches.
 
-    ready(pass, point)      what it waited for has come
-    expect(pass, point)     its device has been told something, and answers for this point
+    ready(passes, point)    what they waited for has come
+    expect(passes, point)   their devices have been told something, and answer for this point
     pick(lane, now)         Run(point, passes): compute these together; Hold(until): better wait; None: nothing is ready
 
 Sessions drift apart inside the model, since each stops at every inline layer for its device, so batches are formed a
@@ -16,7 +16,8 @@ is counted a pass, so that it can lose no more by waiting than waiting could win
 waits for the other. Within the long lane the session that has used the least compute goes first, by weighted virtual
 time; within the decoding lane the pass that has been ready longest.
 
-Time is the caller's: every method takes `now` in seconds, and nothing here sleeps, computes or knows a tensor.
+Time is the caller's: every method takes `now` in seconds, and nothing here sleeps, computes or knows a tensor. What
+happens to many passes at once is told in one call, as a thousand calls a token are felt.
 """
 
 from __future__ import annotations
@@ -80,16 +81,17 @@ class Hold:
     until: float
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Flight:
-    """What a device was told, and when its answer is due."""
+    """Devices that were told something at one time and take about as long to answer, and when all should have."""
 
+    works: dict[Work | Account, int]  # and their rows
     rows: int
     sent: float
     due: float
 
     def expected(self, now: float) -> float:
-        """When it will be there; a device that is late by t is given a share of t more."""
+        """When they will be there; a device that is late by t is given a share of t more."""
         return self.due if self.due > now else now + max(OVERDUE_SHARE * (now - self.due), OVERDUE_S)
 
 
@@ -104,20 +106,22 @@ class Cohort:
     one: Work | Account
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """A point with passes: those that are ready and since when, and what is awaited of devices.
 
     rows, stops, layers : of the ready ones together, and the fewest that one of them has left.
-    held_since : when they began to wait for company, if they do.
+    held_since, held_rows : when they began to wait for company, if they do, and how many rows they were then.
     """
 
+    point: Point
     ready: dict[Work, float] = field(default_factory=dict)
-    flights: dict[Work | Account, Flight] = field(default_factory=dict)
+    flights: dict[Flight, None] = field(default_factory=dict)
     rows: int = 0
     stops: float = math.inf
     layers: float = math.inf
     held_since: float | None = None
+    held_rows: int = 0
 
 
 class Scheduler:
@@ -126,43 +130,56 @@ class Scheduler:
     def __init__(self, costs: Mapping[Lane, CostModel]) -> None:
         self.costs = costs
         self._places: dict[Lane, dict[Point, Place]] = {lane: {} for lane in Lane}  # none is empty
-        self._at: dict[Work | Account, Point] = {}  # where a pass is, or a session between two tokens
+        self._at: dict[Work | Account, Place] = {}  # where a pass is, or a session between two tokens
+        self._flying: dict[Work | Account, Flight] = {}
         self._waited: dict[Work, float] = {}  # seconds that a pass has waited for company so far
         self._answer_s: dict[Lane, float] = {}  # in which devices answer if nothing keeps them waiting
         self._virtual_s = 0.0  # of the session that was served last
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
-    def ready(self, work: Work, point: Point, now: float) -> None:
-        """`work` can be computed at `point`: it has just come, its device has answered, or it goes on by itself."""
-        account = work.account
-        enters = point.stage is Stage.ENTER
-        flight = self._remove(account if enters else work)
-        if flight is not None:
-            took = now - flight.sent
-            if not enters:
-                account.turnaround_s = _mean(account.turnaround_s, took)
-                lane = lane_of(point.way)
-                self._answer_s[lane] = min(took, self._answer_s.get(lane, took) * ANSWER_DRIFT)
-            elif point.way is Way.DECODE:
-                account.between_s = _mean(account.between_s, took)
-        if work not in self._waited:  # its first point
-            self._waited[work] = 0.0
-            account.virtual_s = max(account.virtual_s, self._virtual_s)
-        place = self._place(work, point)
-        place.ready[work] = now
-        place.rows += work.n
-        place.stops = min(place.stops, work.stops_left(point))
-        place.layers = min(place.layers, work.layers_left(point))
+    def ready(self, works: Sequence[Work], point: Point, now: float, alike: bool = False) -> None:
+        """`works` can be computed at `point`: they came, their devices answered, or nothing is due.
 
-    def expect(self, work: Work, point: Point, now: float) -> None:
-        """The device of `work` was told something, and will answer for `point`."""
-        self._fly(work, work, point, work.account.turnaround_s, now)
+        alike : whether they have the same placement.
+        """
+        if not works:
+            return
+        enters, lane = point.stage is Stage.ENTER, lane_of(point.way)
+        place = self._place(point)
+        took = math.inf
+        for work in works:
+            account = work.account
+            flight = self._remove(account if enters else work)
+            if flight is not None:
+                seconds = now - flight.sent
+                if not enters:
+                    account.turnaround_s = _mean(account.turnaround_s, seconds)
+                    took = min(took, seconds)
+                elif lane is Lane.DECODE:
+                    account.between_s = _mean(account.between_s, seconds)
+            if work not in self._waited:  # its first point
+                self._waited[work] = 0.0
+                account.virtual_s = max(account.virtual_s, self._virtual_s)
+            place.ready[work], self._at[work] = now, place
+            place.rows += work.n
+        if took < math.inf:
+            self._answer_s[lane] = min(took, self._answer_s.get(lane, took) * ANSWER_DRIFT)
+        for work in works[:1] if alike else works:
+            place.stops = min(place.stops, work.stops_left(point))
+            place.layers = min(place.layers, work.layers_left(point))
+        self._places[lane][point] = place  # it may have lost its last flight meanwhile
 
-    def expect_next(self, work: Work, point: Point, now: float) -> None:
-        """`work` has decoded a token; its session may begin the next one at `point`."""
-        self.leave(work)
-        self._fly(work.account, work, point, work.account.between_s, now)
+    def expect(self, works: Sequence[Work], point: Point, now: float) -> None:
+        """The devices of `works` were told something, and will answer for `point`."""
+        self._fly(works, works, [work.account.turnaround_s for work in works], point, now)
+
+    def expect_next(self, works: Sequence[Work], point: Point, now: float) -> None:
+        """`works` have decoded a token; their sessions may begin the next one at `point`."""
+        for work in works:
+            self.leave(work)
+        accounts = [work.account for work in works]
+        self._fly(accounts, works, [account.between_s for account in accounts], point, now)
 
     def leave(self, item: Work | Account) -> None:
         """A pass is over or given up, or a session has ended: it is neither ready nor awaited any more."""
@@ -192,9 +209,10 @@ class Scheduler:
         for point in sorted(ready, key=self._since if lane is Lane.DECODE else self._least_served):
             wait = self._company(point, cohorts, now)
             if wait is None:
-                return self._take(point, now)
-            if places[point].held_since is None:
-                places[point].held_since = now
+                return self._take(point, cohorts, now)
+            place = places[point]
+            if place.held_since is None:
+                place.held_since, place.held_rows = now, place.rows
             until = min(until, wait)
         return Hold(until)
 
@@ -208,11 +226,15 @@ class Scheduler:
     def _least_served(self, point: Point) -> float:
         return min(work.account.virtual_s for work in self._places[lane_of(point.way)][point].ready)
 
-    def _take(self, point: Point, now: float) -> Run:
+    def _take(self, point: Point, cohorts: Sequence[Cohort], now: float) -> Run:
         lane = lane_of(point.way)
         place = self._places[lane][point]
-        waited = now - place.held_since if place.held_since is not None else 0.0
-        place.held_since = None
+        waited = 0.0
+        if place.held_since is not None:
+            waited = now - place.held_since
+            if place.rows > place.held_rows:
+                waited -= self._earned(point, place, cohorts)
+            place.held_since = None
         chosen: list[Work] = []
         rows = 0
         for work in place.ready if lane is Lane.DECODE else sorted(place.ready, key=lambda one: one.account.virtual_s):
@@ -224,8 +246,19 @@ class Scheduler:
             self._virtual_s = max(self._virtual_s, chosen[0].account.virtual_s)
         for work in chosen:
             self._remove(work)
-            self._waited[work] += waited
+        if waited:
+            for work in chosen:
+                self._waited[work] = max(0.0, self._waited[work] + waited)
         return Run(point, chosen)
+
+    def _earned(self, point: Point, place: Place, cohorts: Sequence[Cohort]) -> float:
+        """Seconds a pass that the wait at a place has won already, up to the next stop."""
+        lane = lane_of(point.way)
+        cost, layers, held = self.costs[lane], place.layers / max(1, place.stops), place.held_rows
+        others = layers * sum(cohort.seconds for cohort in cohorts if cohort.point != point)
+        alone, beside = layers * cost.seconds(held), layers * cost.seconds(place.rows - held)
+        gain = _gain(alone, beside, layers * cost.seconds(place.rows), others, self._answer_s.get(lane, 0.0))
+        return max(0.0, gain) * sum(cohort.rows for cohort in cohorts) / place.rows
 
     def _company(self, point: Point, cohorts: Sequence[Cohort], now: float) -> float | None:
         """Until when the passes at `point` should wait for others; None to go at once."""
@@ -244,7 +277,7 @@ class Scheduler:
         if place.held_since is not None:
             spent += now - place.held_since
         last = now - spent + stops * min(alone + pause, alone * total / rows)  # they save no more than their own time
-        awaited = [(flight.expected(now), flight.rows, 0.0) for flight in place.flights.values()]
+        awaited = [(flight.expected(now), flight.rows, 0.0) for flight in place.flights]
         awaited += self._followers(point, cohorts, pause, cost.seconds(rows))
         awaited = sorted(one for one in awaited if one[0] <= last)
         joined = sum(more for _, more, _ in awaited)
@@ -261,12 +294,12 @@ class Scheduler:
         found = []
         for point, place in self._places[lane].items():
             rows, there, horizon = place.rows, now, now + HORIZON_S
-            for flight in place.flights.values():
+            for flight in place.flights:
                 expected = flight.expected(now)
                 if expected < horizon:
                     rows, there = rows + flight.rows, max(there, expected)
             if rows:
-                one = next(iter(place.ready or place.flights))
+                one = next(iter(place.ready or next(iter(place.flights)).works))
                 found.append(Cohort(point, rows, there, self.costs[lane].seconds(rows), one))
         return found
 
@@ -287,29 +320,56 @@ class Scheduler:
                 continue
             yield cohort.there + layers * layer_s + stops * pause, cohort.rows, cohort.seconds
 
-    def _place(self, key: Work | Account, point: Point) -> Place:
-        self._at[key] = point
-        return self._places[lane_of(point.way)].setdefault(point, Place())
+    def _place(self, point: Point) -> Place:
+        places = self._places[lane_of(point.way)]
+        place = places.get(point)
+        if place is None:
+            place = places[point] = Place(point)
+        return place
 
-    def _fly(self, key: Work | Account, work: Work, point: Point, takes: float | None, now: float) -> None:
-        self._remove(key)
-        self._place(key, point).flights[key] = Flight(work.n, now, now + takes if takes is not None else math.inf)
+    def _fly(
+        self,
+        keys: Sequence[Work | Account],
+        works: Sequence[Work],
+        takes: Sequence[float | None],
+        point: Point,
+        now: float,
+    ) -> None:
+        """Flights of those whose answers take about as long, within a factor of two."""
+        for key in keys:
+            if key in self._at:
+                self._remove(key)
+        place = self._place(point)
+        alike: dict[int | None, Flight] = {}
+        for key, work, seconds in zip(keys, works, takes, strict=True):
+            about = None if seconds is None else math.frexp(seconds)[1]
+            flight = alike.get(about)
+            if flight is None:
+                flight = alike[about] = Flight({}, 0, now, now if seconds is not None else math.inf)
+                place.flights[flight] = None
+            flight.works[key] = work.n
+            flight.rows += work.n
+            if seconds is not None and now + seconds > flight.due:
+                flight.due = now + seconds
+            self._at[key], self._flying[key] = place, flight
 
     def _remove(self, key: Work | Account) -> Flight | None:
         """Take something away from where it is; returns its flight."""
-        point = self._at.pop(key, None)
-        if point is None:
+        place = self._at.pop(key, None)
+        if place is None:
             return None
-        places = self._places[lane_of(point.way)]
-        place = places[point]
-        flight = place.flights.pop(key, None)
-        if flight is None and not isinstance(key, Account):
+        flight = self._flying.pop(key, None)
+        if flight is not None:
+            flight.rows -= flight.works.pop(key)
+            if not flight.works:
+                del place.flights[flight]
+        elif not isinstance(key, Account):
             del place.ready[key]
             place.rows -= key.n
             if not place.ready:
                 place.held_since, place.stops, place.layers = None, math.inf, math.inf
         if not place.ready and not place.flights:
-            del places[point]
+            self._places[lane_of(place.point.way)].pop(place.point, None)
         return flight
 
 

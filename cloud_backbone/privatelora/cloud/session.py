@@ -12,18 +12,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from privatelora.cloud.checks import check_spans, check_tensor, selected_rows, way_of
-from privatelora.cloud.passes import Account, Due, Pass, Reply, Way
+from privatelora.cloud.passes import PHASES, Account, Due, Pass, Way
 from privatelora.cloud.resources import Resources
+from privatelora.cloud.sockets import Socket
 from privatelora.cloud.waiting import RETRY_S, Waiter
 from privatelora.decoder.kv import KVCache
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.errors import AdmissionError, ConfigurationError, IncompatibleError, ProtocolError
-from privatelora.protocol.frames import HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, pack_header
+from privatelora.protocol.errors import (
+    AdmissionError,
+    ConfigurationError,
+    IncompatibleError,
+    PrivateLoraError,
+    ProtocolError,
+)
+from privatelora.protocol.frames import ADDRESS, HEADER, NO_LAYER, VERSION, Frame, Kind, Phase
 from privatelora.protocol.messages import OpenRequest, Queued, control_frame
 
 Key = tuple[int, int]
@@ -32,7 +40,7 @@ Key = tuple[int, int]
 
 @dataclass(eq=False)
 class ActivePass:
-    """A pass between two frames: the frame that is due and its header, and None while the service works on it.
+    """A pass between its first frame and its last.
 
     held_bytes : what it has taken of the memory; waiter : its place in the line for that.
     """
@@ -42,8 +50,6 @@ class ActivePass:
     sequences: tuple[int, ...]
     work: Pass
     began_at: float
-    replied_at: float = 0.0
-    due: Due | None = None
     held_bytes: int = 0
     waiter: Waiter | None = None
 
@@ -54,7 +60,7 @@ class Session:
 
     send : writes one message (header, payload) to the device; spend : counts payload bytes up and down.
     ended : is told the error that ends the session.
-    pause, resume : stop and go on reading from the device.
+    socket : stops and goes on reading from the device.
     """
 
     id: int
@@ -64,8 +70,7 @@ class Session:
     send: Callable[[bytes, memoryview | bytes], None]
     spend: Callable[[int, int], None]
     ended: Callable[[BaseException], None]
-    pause: Callable[[str], None]
-    resume: Callable[[str], None]
+    socket: Socket
     account: Account = field(default_factory=Account)
     caches: dict[int, KVCache] = field(default_factory=dict)
     passes: dict[Key, ActivePass] = field(default_factory=dict)
@@ -112,7 +117,7 @@ class Session:
     def awaits_device(self) -> bool:
         """Whether nothing goes on before the device says something; other passes of its own may wait for memory."""
         passes = self.passes.values()
-        return not self.waits and all(active.due is not None or active.waiter is not None for active in passes)
+        return not self.waits and all(active.work.due is not None or active.waiter is not None for active in passes)
 
     @property
     def waits(self) -> bool:
@@ -138,6 +143,9 @@ class Session:
         """A unit of one of the passes is over: a closed session lets go of what it held."""
         if self.closed and not any(active.work.running for active in self.passes.values()):
             held = self.held_bytes
+            for work in self._of:
+                with suppress(PrivateLoraError):  # it ends here in any case
+                    self.spend(work.moved_up, work.moved_down)
             for active in self.passes.values():
                 active.work.forget()
             for cache in self.caches.values():
@@ -159,25 +167,30 @@ class Session:
         """Take one message; raises what ends the session."""
         self.heard_at, self.parked = time.perf_counter(), False
         active = self._due.pop(data[: HEADER.size], None)
-        if active is None or active.due is None:
-            self._other(Frame.unpack(data))
-            return
-        due, active.due = active.due, None
-        if len(data) != HEADER.size + self.dtype.nbytes(due.shape):
-            Frame.unpack(data)  # says what is wrong with it
-        self.spend(len(data) - HEADER.size, 0)
-        self.engine.counted.device_seconds[due.point.way].observe(self.heard_at - active.replied_at)
-        active.work.answer, active.work.answer_shape = memoryview(data)[HEADER.size :], due.shape
-        self._computing(1)
-        self.engine.submit(active.work, due.point)
+        due = active.work.due if active is not None else None
+        if active is None or due is None or len(data) != HEADER.size + due.nbytes:
+            self._other(Frame.unpack(data))  # or says what is wrong with it
+        else:
+            self._answer(active, due, memoryview(data)[HEADER.size :])
+
+    def _answer(self, active: ActivePass, due: Due, payload: memoryview | bytes) -> None:
+        """What was due of a pass has come."""
+        work = active.work
+        work.due, work.answer, work.answer_shape = None, payload, due.shape
+        self.spend(due.nbytes, 0)
+        self.engine.counted.device_seconds[due.point.way].observe(self.heard_at - work.told_at)
+        if not work.direct:
+            self._computing(1)
+        self.engine.submit(work, due.point)
 
     def _computing(self, more: int) -> None:
         """As many passes as may be under way are with the service: who sends more is not read until one is answered."""
-        self._with_us += more
-        if self._with_us >= self.limits.max_streams:
-            self.pause("streams")
-        elif more < 0:
-            self.resume("streams")
+        before, most = self._with_us, self.limits.max_streams
+        self._with_us = before + more
+        if self._with_us >= most:
+            self.socket.pause("streams")
+        elif before >= most:
+            self.socket.resume("streams")
 
     def _other(self, frame: Frame) -> None:
         """A frame that is not due: it begins a pass, drops caches, or breaks a rule."""
@@ -185,21 +198,24 @@ class Session:
             raise ProtocolError(
                 f"the frame names session {frame.session}, which is not this connection's; open a session of your own"
             )
-        self.spend(frame.payload_bytes, 0)
         if frame.kind is Kind.RELEASE:
             self._release(frame)
             return
         key = (frame.step, frame.stream)
         active = self.passes.get(key)
         if frame.kind is Kind.HIDDEN and frame.phase is not Phase.BACKWARD and active is None:
+            self.spend(frame.payload_bytes, 0)
             self._begin(key, frame)
             return
-        due = active.due if active else None
-        if active is not None and due is not None and self._is_due(frame, active, due):
-            check_tensor(frame, self.dtype, due.shape)  # raises: its header would have been the one that is due
+        due = active.work.due if active else None
+        if active is not None and due is not None and _is_due(frame, due):
+            check_tensor(frame, self.dtype, due.shape)
+            self.socket.answered()  # it came in pieces, past the engine
+            self._answer(active, due, frame.payload)
+            return
         wanted = "nothing"
         if active is not None and due is not None:
-            phase, layer = self._phase_and_layer(active, due)
+            phase, layer = _phase_and_layer(due)
             wanted = f"{due.kind.name} of layer {layer} in {phase.name}"
         raise ProtocolError(
             f"{frame.kind.name} of layer {frame.layer} in {frame.phase.name} came for step {frame.step}, stream "
@@ -249,11 +265,13 @@ class Session:
         self.tokens += n
         end = self.placement.cloud_layers(self.backbone.config.num_layers).stop
         way = way_of(frame.phase, single=n == len(lengths))
+        direct = way is Way.DECODE and not any(active.work.direct for active in self.passes.values())
         work = Pass(
-            self, self.placement, self.inline, way, lengths, starts, caches, rows, end, self.dtype, frame.payload,
-            frame.shape,
+            self, self.placement, self.inline, way, lengths, starts, caches, rows, end, self.dtype,
+            ADDRESS.pack(self.id, step, stream), direct, answer=frame.payload, answer_shape=frame.shape,
         )  # fmt: skip
-        self._computing(1)
+        if not direct:
+            self._computing(1)
         active = self.passes[key] = self._of[work] = ActivePass(key, frame.phase, sequences, work, self.heard_at)
         self._admit(active)
 
@@ -310,44 +328,34 @@ class Session:
 
     # -- frames that go ------------------------------------------------------------------------------------------------
 
-    def reply(self, one: Pass, reply: Reply) -> None:
+    def reply(self, one: Pass, header: bytes, data: memoryview | bytes, due: Due | None, due_header: bytes) -> None:
         """The engine has something for the device."""
         active, way = self._of[one], one.way
-        step, stream = active.key
-        active.replied_at = time.perf_counter()
-        self._computing(-1)
-        phase = Phase.BACKWARD if one.way is Way.BACKWARD else active.phase
-        header = pack_header(reply.kind, phase, self.dtype, reply.shape, self.id, step, stream, reply.layer)
-        if reply.due is None:
+        one.told_at = time.perf_counter()
+        if not one.direct:
+            self._computing(-1)
+        if due is None:
             del self.passes[active.key], self._of[one]
             one.forget()
             self.resources.memory.give(active.held_bytes)
         else:
-            active.due = reply.due
-            if reply.due.point.way is Way.BACKWARD:
-                one.way = Way.BACKWARD
-            due_phase, layer = self._phase_and_layer(active, reply.due)
-            expected = pack_header(reply.due.kind, due_phase, self.dtype, reply.due.shape, self.id, step, stream, layer)
-            self._due[expected] = active
-        if one.way is not way or reply.due is None:  # this way through the layers is over
+            one.due = due
+            self._due[due_header] = active
+            one.way = due.point.way if due.point.way is Way.BACKWARD else way
+        if due is None or one.way is not way:  # this way through the layers is over
             counted = self.engine.counted
-            counted.pass_seconds[way].observe(active.replied_at - active.began_at)
+            counted.pass_seconds[way].observe(one.told_at - active.began_at)
             counted.tokens[way] += one.n
-            active.began_at = active.replied_at
-        self.spend(0, len(reply.data))
-        self.send(header, reply.data)
+            active.began_at = one.told_at
+        up, down = one.moved_up, one.moved_down
+        one.moved_up = one.moved_down = 0
+        self.spend(up, down + len(data))
+        self.send(header, data)
 
     def fail(self, error: BaseException) -> None:
         """One of the passes cannot go on, and with it the session."""
         if not self.closed:
             self.ended(error)
-
-    def _phase_and_layer(self, active: ActivePass, due: Due) -> tuple[Phase, int]:
-        phase = Phase.BACKWARD if due.point.way is Way.BACKWARD else active.phase
-        return phase, NO_LAYER if due.kind is Kind.GRAD_HIDDEN else due.point.layer
-
-    def _is_due(self, frame: Frame, active: ActivePass, due: Due) -> bool:
-        return (frame.kind, frame.phase, frame.layer) == (due.kind, *self._phase_and_layer(active, due))
 
     # -- KV caches -----------------------------------------------------------------------------------------------------
 
@@ -373,3 +381,11 @@ class Session:
         for sequence in fresh:
             self.caches[sequence] = KVCache(self.resources.pool)
         return tuple(self.caches[sequence] for sequence in sequences)
+
+
+def _phase_and_layer(due: Due) -> tuple[Phase, int]:
+    return PHASES[due.point.way], NO_LAYER if due.kind is Kind.GRAD_HIDDEN else due.point.layer
+
+
+def _is_due(frame: Frame, due: Due) -> bool:
+    return (frame.kind, frame.phase, frame.layer) == (due.kind, *_phase_and_layer(due))

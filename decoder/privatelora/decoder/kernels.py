@@ -7,20 +7,20 @@ done, and for tensors that it does not read, `available` is False and the caller
 from __future__ import annotations
 
 import ctypes
-import zlib
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from privatelora.decoder import compiled
 from privatelora.decoder.kv import BLOCK
 from privatelora.protocol.errors import ServiceError
 
 TILE = 16
 """Columns of B that lie together when it is packed."""
 
-LIBRARY = Path(__file__).with_name("libkernels.so")
+SOURCE = Path(__file__).with_name("kernels.c")
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,7 +37,7 @@ class _Shape(ctypes.Structure):
 
 def available(pool_dtype: torch.dtype, device_type: str) -> bool:
     """Whether the functions below can be called for tensors of this dtype on a device of this type."""
-    return device_type == "cpu" and pool_dtype in DTYPES and _library(LIBRARY) is not None
+    return device_type == "cpu" and pool_dtype in DTYPES and _library(SOURCE) is not None
 
 
 def decode_attention(
@@ -94,7 +94,7 @@ def decode_attention(
         and (q_norm is None or _holds(q_norm, dtype, e))
         and (k_norm is None or _holds(k_norm, dtype, e))
     )
-    library = _library(LIBRARY)
+    library = _library(SOURCE)
     if not fits or library is None or dtype not in DTYPES:
         raise ServiceError(
             f"decode_attention cannot take qkv {tuple(qkv.shape)} {qkv.dtype} with a pool {tuple(pool.shape)} {dtype} "
@@ -129,7 +129,7 @@ def decode_attention(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`functions.rms_norm` of x (n, d) with weight (d,), both contiguous and of one dtype; no gradients."""
     n, d = x.shape
-    library = _library(LIBRARY)
+    library = _library(SOURCE)
     if library is None or x.dtype not in DTYPES or not (_holds(x, x.dtype, n * d) and _holds(weight, x.dtype, d)):
         raise ServiceError(f"rms_norm cannot take x {tuple(x.shape)} {x.dtype} with a weight {tuple(weight.shape)}")
     out = torch.empty((n, d), dtype=x.dtype)
@@ -165,7 +165,7 @@ def add_delta(qkv: Tensor, v: Tensor, packed_b: Tensor, q_size: int, kv_size: in
         and _holds(qkv, dtype, n * width)
         and _holds(v, dtype, n * 3 * r)
     )
-    library = _library(LIBRARY)
+    library = _library(SOURCE)
     if not fits or library is None or dtype not in DTYPES:
         raise ServiceError(
             f"add_delta cannot take qkv {tuple(qkv.shape)} {dtype}, v {tuple(v.shape)} {v.dtype} and a packed B "
@@ -182,16 +182,10 @@ def _holds(x: Tensor, dtype: torch.dtype, elements: int) -> bool:
 
 
 @cache
-def _library(path: Path) -> ctypes.CDLL | None:
-    """The library at `path`; None if there is none that was built from the kernels.c beside it, for this CPU."""
-    try:
-        library = ctypes.CDLL(str(path))
-        source = ctypes.c_uint32.in_dll(library, "source").value
-        if source != zlib.crc32(path.with_name("kernels.c").read_bytes()):
-            return None  # made from another kernels.c: its arguments may be others
-        if not library.runs_here():
-            return None
-    except (OSError, ValueError):
+def _library(source: Path) -> ctypes.CDLL | None:
+    """What was compiled of `source`; None if there is nothing, or nothing for this CPU."""
+    library = compiled.load(source)
+    if library is None or not library.runs_here():
         return None
     number, pointer = ctypes.c_int, ctypes.c_void_p
     library.decode_attention.argtypes = (number, ctypes.POINTER(_Shape), *(pointer,) * 9)

@@ -36,7 +36,7 @@ COMPILED_DELTA_ROWS = 32
 no gain at 64 (bfloat16, r = 64, one thread)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InlineWeights:
     """Frozen A and B of one inline layer at one session's ranks.
 

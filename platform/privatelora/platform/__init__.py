@@ -2,5 +2,6 @@
 
 import os
 
-# As in `privatelora.cloud` and `privatelora.device`, here for modules that import torch before either of them.
+# As in `privatelora.cloud`, here for modules that import torch before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

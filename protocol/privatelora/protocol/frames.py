@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -30,6 +31,8 @@ VERSION = 1
 MAGIC = b"PL"
 HEADER = struct.Struct("<2sBBBBBBQIHH4III")
 KIND_AT = 3  # where the kind stands in the header
+ADDRESS = struct.Struct("<QIH")  # session, step and stream, as they stand in the header
+ADDRESS_AT, ROWS_AT = 8, 24  # where they and the shape's first number stand
 NO_LAYER = 0xFFFF
 MAX_DIMS = 4
 MAX_CONTROL_BYTES = 64 * 1024
@@ -182,3 +185,24 @@ def pack_header(
     return HEADER.pack(
         MAGIC, VERSION, kind, phase, dtype, len(shape), selection, session, step, stream, layer, *sizes, spans, outputs
     )
+
+
+def pack_headers(
+    kind: Kind,
+    phase: Phase,
+    dtype: WireDtype,
+    rows: Sequence[int],
+    width: tuple[int, ...],
+    addresses: Sequence[bytes],
+    layer: int,
+) -> list[bytes]:
+    """`pack_header` of one exchange with many: shapes are (rows[i], *width), addresses those of `ADDRESS`."""
+    header = pack_header(kind, phase, dtype, (rows[0], *width), 0, 0, 0, layer)
+    head, tail = header[:ADDRESS_AT], header[ADDRESS_AT + ADDRESS.size :]
+    if rows.count(rows[0]) == len(rows):
+        return [head + address + tail for address in addresses]
+    layer_bytes, rest = header[ADDRESS_AT + ADDRESS.size : ROWS_AT], header[ROWS_AT + 4 :]
+    return [
+        head + address + layer_bytes + n.to_bytes(4, "little") + rest
+        for address, n in zip(addresses, rows, strict=True)
+    ]

@@ -249,6 +249,24 @@ def test_an_answer_that_came_another_way_or_never_will_is_not_waited_for() -> No
 
 
 @compiled
+def test_what_follows_the_beginning_of_a_frame_is_never_taken_for_another() -> None:
+    async def test(sockets: Sockets) -> None:
+        ends, took = [End(sockets) for _ in range(8)], list[tuple[int, bytes]]()
+        sockets.post(volley(ends, 8, 5, took))  # so that a read goes on for a moment, as eight answers are missing
+        payload = b"\x82" * (2 * CHUNK_BYTES)  # messages of two bytes, wherever one begins to read
+        wire = b"\x82\xff" + struct.pack(">Q", len(payload)) + bytes(4) + payload
+        ends[0].device.setblocking(True)
+        sender = threading.Thread(target=ends[0].device.sendall, args=(wire,))
+        sender.start()
+        await until(lambda: len(ends[0].bytes) == len(wire))
+        sender.join()
+        assert ends[0].bytes == wire
+        assert not ends[0].messages
+
+    run(test)
+
+
+@compiled
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_a_socket_does_not_take_is_left_to_its_transport_in_order(rows: int) -> None:
     async def test(sockets: Sockets) -> None:

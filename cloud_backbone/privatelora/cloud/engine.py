@@ -75,7 +75,7 @@ class Engine:
         self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner), Lane.LONG: long})
         self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit that is not done
         self._tasks = dict.fromkeys(Lane, 0)  # of the lane's thread: units, and what it computes ahead after each
-        self._called: set[Lane] = set()  # lanes in which something has become ready since their unit was begun
+        self._called: set[Lane] = set()  # lanes in which something besides the unit that runs is ready
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._ahead: deque[Batch] = deque(maxlen=AHEAD)
@@ -134,6 +134,9 @@ class Engine:
                 self.waker.expect()
             self._wake(lane)
             return
+        self._called.discard(lane)
+        if self.scheduler.waiting(lane):
+            self._called.add(lane)
         self._computing[lane] = True
         self._tasks[lane] += 1
         for one in passes:
@@ -143,7 +146,7 @@ class Engine:
     def _long(self, loop: asyncio.AbstractEventLoop, lane: Lane, point: Point, passes: list[Pass]) -> None:
         """On the lane's thread: a unit, and then what needs no answer, while the replies are sent."""
         began, codec_s = time.thread_time(), CODEC.seconds
-        done, seconds = self._compute(point, passes)
+        done, seconds = self._compute(point, passes, goes_on=True)
         loop.call_soon_threadsafe(self._done, lane, point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
             _use_threads(1)
@@ -163,17 +166,19 @@ class Engine:
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
-    def _compute(self, point: Point, passes: Sequence[Pass]) -> tuple[Done | Exception, list[float]]:
-        """A unit, and the next layers where nobody in it is inline and nobody else waits; and each layer's seconds."""
+    def _compute(
+        self, point: Point, passes: Sequence[Pass], goes_on: bool = False
+    ) -> tuple[Done | Exception, list[float]]:
+        """A unit and each layer's seconds; if it goes on, the next layers too where nobody is inline or waits."""
         lane, seconds = lane_of(point.way), []
-        self._called.discard(lane)
         try:
             with self._streams[lane]():
                 while True:
                     started = time.perf_counter()
                     done = self.runner.run(point, passes)
                     seconds.append(time.perf_counter() - started)
-                    if done.replies or lane in self._called or any(one.owner.closed for one in passes):
+                    stays = done.replies or lane in self._called or any(one.owner.closed for one in passes)
+                    if stays or not goes_on:
                         return done, seconds
                     point = done.onward[0][1]
         except Exception as error:  # noqa: BLE001 (the sessions of this unit are told; the process serves the others)
@@ -222,6 +227,8 @@ class Engine:
             one.owner.settle()
 
     def _deliver(self, point: Point, done: Done, before_sending: Callable[[], None]) -> None:
+        if self.sockets is not None:
+            self.sockets.flush()  # what was written before
         now = time.perf_counter()
         for onward, going in itertools.groupby(done.onward, key=itemgetter(1)):
             self.scheduler.ready([one for one, _ in going if not one.owner.closed], onward, now)
@@ -229,11 +236,12 @@ class Engine:
             self._wake(lane_of(point.way))
         volleys = [(reply, self._volley(reply, now)) for reply in done.replies]
         before_sending()
+        for _, volley in volleys:
+            if volley is not None and self.sockets is not None:
+                self.sockets.post(volley)
         for reply, volley in volleys:
             if volley is None:
                 self._tell(reply, point, now)
-            elif self.sockets is not None:
-                self.sockets.post(volley)
         if self.sockets is not None:
             self.sockets.flush()
         if done.replies:
@@ -277,7 +285,6 @@ class Engine:
         moved = wire.nbytes((rows[0], *width))
         for one in passes:
             one.due, one.told_at = due, now
-            one.moved_up += due.nbytes
             one.moved_down += moved
         self.scheduler.expect(passes, point, now)
 
@@ -296,6 +303,7 @@ class Engine:
             owner = one.owner
             if one.due is due and not owner.closed:
                 owner.heard_at, owner.parked = now, False
+                one.moved_up += size
                 one.due, one.answer, one.answer_shape = None, answers[row * size : (row + 1) * size], shape
                 came.append(one)
         batch = passes[0].batch

@@ -244,6 +244,7 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     def handle_ping(self) -> None:
         if self.writable.is_set():
             if self._sockets is not None:
+                self._sockets.flush()  # what was written before
                 self._sockets.clog(self._file)
             super().handle_ping()
         else:

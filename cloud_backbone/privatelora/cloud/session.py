@@ -31,7 +31,7 @@ from privatelora.protocol.errors import (
     PrivateLoraError,
     ProtocolError,
 )
-from privatelora.protocol.frames import ADDRESS, HEADER, NO_LAYER, VERSION, Frame, Kind, Phase
+from privatelora.protocol.frames import ADDRESS, HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, Selection
 from privatelora.protocol.messages import OpenRequest, Queued, control_frame
 
 Key = tuple[int, int]
@@ -210,7 +210,7 @@ class Session:
         due = active.work.due if active else None
         if active is not None and due is not None and _is_due(frame, due):
             check_tensor(frame, self.dtype, due.shape)
-            self.socket.answered()  # it came in pieces, past the engine
+            self.socket.answered()  # its header is the one that is due, of a volley, and it came in pieces
             self._answer(active, due, frame.payload)
             return
         wanted = "nothing"
@@ -388,4 +388,5 @@ def _phase_and_layer(due: Due) -> tuple[Phase, int]:
 
 
 def _is_due(frame: Frame, due: Due) -> bool:
-    return (frame.kind, frame.phase, frame.layer) == (due.kind, *_phase_and_layer(due))
+    plain = frame.selection is Selection.ALL and not len(frame.spans) and not len(frame.outputs)
+    return plain and (frame.kind, frame.phase, frame.layer) == (due.kind, *_phase_and_layer(due))

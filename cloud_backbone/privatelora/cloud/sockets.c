@@ -75,7 +75,7 @@ static int answers(Due *due, const uint8_t *message, int64_t length) {
 }
 
 /* Reads what is readable; `missing` answers are due, and counted down. */
-static int read_ready(int epoll, const uint8_t *raw, Due *dues, int64_t largest, uint8_t *space, int64_t size,
+static int read_ready(int epoll, uint8_t *raw, Due *dues, int64_t largest, uint8_t *space, int64_t size,
                       int64_t chunk, Arrival *arrivals, int most, int64_t *at, int64_t *missing) {
     struct epoll_event events[MOST_EVENTS];
     int ready = epoll_wait(epoll, events, MOST_EVENTS, 0);
@@ -101,14 +101,16 @@ static int read_ready(int epoll, const uint8_t *raw, Due *dues, int64_t largest,
             }
             *at += head + length;
         }
-        if (*at < end)
+        if (*at < end) {
             arrivals[count++] = (Arrival){file, BYTES, *at, end - *at};
+            raw[file] = 1; /* until its protocol says that a frame begins again */
+        }
         *at = end;
     }
     return count;
 }
 
-int sockets_receive(int epoll, const uint8_t *raw, Due *dues, int64_t largest, uint8_t *space, int64_t size,
+int sockets_receive(int epoll, uint8_t *raw, Due *dues, int64_t largest, uint8_t *space, int64_t size,
                     int64_t chunk, Arrival *arrivals, int most, int64_t missing, int naps) {
     const struct timespec nap = {.tv_nsec = NAP_NS};
     int64_t at = 0;

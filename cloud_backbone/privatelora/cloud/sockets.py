@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import select
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,9 +25,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import structlog
 
 from privatelora.decoder.compiled import load
 from privatelora.protocol.frames import HEADER
+
+log = structlog.get_logger("privatelora.cloud")
 
 # Frames of RFC 6455, 5.2
 BINARY, MASKED = 0x82, 0x80  # first byte of a binary message in one frame; the second byte's flag
@@ -38,6 +42,7 @@ ARRIVALS = 1024  # of one call
 NAPS = (
     4  # of 20 us and what the clock adds, while eight answers or more are missing: else each wakes the loop by itself
 )
+NAP_WITHIN_S = 0.005  # of a volley; later naps would be for devices that are silent or far away
 MESSAGE, BYTES, END, ANSWER = range(4)
 
 
@@ -120,7 +125,7 @@ class Sockets:
         self._receiving: tuple[object, ...] = ()  # what sockets_receive is called with
         self._volleys: dict[int, Volley] = {}
         self._posted = 0
-        self._missing = 0  # answers to volleys
+        self._missing, self._posted_at = 0, -NAP_WITHIN_S  # answers to volleys, and when the last was sent
         self._clogged: set[int] = set()  # files for which a transport may have something to write
         self._space = bytearray(SPACE_BYTES)
         self._view = memoryview(self._space)
@@ -184,7 +189,8 @@ class Sockets:
 
     def read(self) -> None:
         """Hand on what has come."""
-        count = self._library.sockets_receive(*self._receiving, self._missing, NAPS)
+        fresh = time.perf_counter() - self._posted_at < NAP_WITHIN_S  # else it is silent devices that are waited for
+        count = self._library.sockets_receive(*self._receiving, self._missing if fresh else 0, NAPS)
         answered: dict[int, list[int]] = {}
         came = iter(self._arrivals[: 4 * count])
         for file, what, at, length in zip(came, came, came, came, strict=True):
@@ -195,12 +201,16 @@ class Sockets:
             socket = self._sockets.get(file)
             if socket is None:  # closed by something that came just now
                 continue
-            if what == MESSAGE:
-                socket.message(bytes(self._view[at : at + length]))
-            elif what == BYTES:
-                self._raw[file] = socket.raw(bytes(self._view[at : at + length]))
-            else:
-                socket.end()
+            try:
+                if what == MESSAGE:
+                    socket.message(bytes(self._view[at : at + length]))
+                elif what == BYTES:
+                    self._raw[file] = socket.raw(bytes(self._view[at : at + length]))
+                else:
+                    socket.end()
+            except Exception:  # what came of the others is read already, and must reach them
+                log.exception("socket failed")
+                socket.transport.abort()
         self._take(answered)
 
     def _take(self, answered: dict[int, list[int]]) -> None:
@@ -245,6 +255,7 @@ class Sockets:
         self._posted += 1
         self._volleys[self._posted] = volley
         self._missing += volley.missing
+        self._posted_at = time.perf_counter()
         count, files = len(volley.files), array("i", volley.files)
         left = array("q", bytes(8 * count))
         row_bytes = len(volley.data) // count

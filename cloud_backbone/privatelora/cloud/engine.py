@@ -48,10 +48,11 @@ class Engine:
 
     Parameters
     ----------
-    torch_threads : of each lane's thread; None is torch's choice. On the loop, and for what is computed while answers
-        are on their way, there is one: the second needs the core of sockets and devices then. On two cores a token took
-        28 ms from a service of one thread and 33 from one of two.
+    torch_threads : of each lane's thread; None is torch's choice. Decoded tokens get one on the loop, and for what is
+        computed while answers are on their way: the second needs the core of sockets and devices then. On two cores a
+        token took 28 ms from a service of one thread and 33 from one of two.
     busy_poll_s : for how long the loop stays awake for a device that answers within that time.
+    sockets : tells devices of a batch what they are told at once; None: every session sends its own.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Engine:
         done, seconds = self._compute(point, passes, goes_on=True)
         loop.call_soon_threadsafe(self._done, lane, point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
-            _use_threads(1)
+            _use_threads(1 if lane is Lane.DECODE else self.torch_threads)
             self._run_ahead(lane, done.ahead)
             _use_threads(self.torch_threads)
         self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)

@@ -429,3 +429,24 @@ def test_a_wrong_answer_among_others_ends_that_session_only(running: ServiceProc
             assert answer is not None
             player.send(answer)
             assert player.go_on()[-1].shape == (1, 64)
+
+
+def test_an_answer_that_comes_twice_ends_that_session_only(running: ServiceProcess) -> None:
+    with ExitStack() as stack:
+        players = [stack.enter_context(Player(running.url, running.token)) for _ in range(SESSIONS)]
+        for player in players:
+            player.enter()
+            player.run(Phase.GENERATE, (0, 0, 5))
+            player.begin(Phase.GENERATE, (0, 5, 1))
+        answers = [answer_to(player.next()) for player in players]
+        twice = answers[0]
+        assert twice is not None
+        twice.session = players[0].session
+        players[0].socket.socket.sendall(2 * sent_by_device(twice.pack()))
+        error = players[0].ended()
+        assert error.code == "protocol"
+        assert "must not be repeated" in str(error)
+        for player, answer in zip(players[1:], answers[1:], strict=True):
+            assert answer is not None
+            player.send(answer)
+            assert player.go_on()[-1].shape == (1, 64)

@@ -23,7 +23,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 ALWAYS = ["-std=gnu11", "-O3", "-shared", "-fPIC"]
 
 
-class CompileHook(BuildHookInterface):  # type: ignore[type-arg]
+class CompileHook(BuildHookInterface):  # type: ignore[type-arg]  # of hatchling's own config
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         source = Path(self.root, self.config["source"])
         library = source.with_name(f"lib{source.stem}.so")

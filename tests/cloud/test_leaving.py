@@ -319,7 +319,7 @@ def test_a_restart_under_load_costs_nobody_a_token_or_a_step(fleet: Fleet, servi
             for thread in threads:
                 thread.join(60)
             assert found["text"] == text
-            assert found["report"].steps == report.steps  # type: ignore[attr-defined]
+            assert found["report"].steps == report.steps  # type: ignore[attr-defined]  # it is an object there
             for mine, its in zip(learner.adapter.parameters(), wanted, strict=True):
                 assert difference(mine, its) < 1e-4
             assert learner.generate("once upon", max_new_tokens=20) == trained

@@ -189,11 +189,17 @@ def test_what_is_no_whole_binary_message_is_handed_on_as_it_came_and_what_follow
     run(test)
 
 
+def posted(sockets: Sockets, count: int) -> tuple[list[End], list[tuple[int, bytes]]]:
+    """So many sockets of which answers of five bytes are due, and what `take` is told of them."""
+    ends, took = [End(sockets) for _ in range(count)], list[tuple[int, bytes]]()
+    sockets.post(volley(ends, 8, 5, took))
+    return ends, took
+
+
 @compiled
 def test_a_volley_is_told_to_each_and_its_answers_taken_in_any_order() -> None:
     async def test(sockets: Sockets) -> None:
-        ends, took = [End(sockets) for _ in range(40)], list[tuple[int, bytes]]()
-        sockets.post(volley(ends, 8, 5, took))
+        ends, took = posted(sockets, 40)
         for row, end in enumerate(ends):
             payload = header(row) + bytes([row]) * 8
             assert end.came() == frame_start(len(payload)) + payload
@@ -216,8 +222,7 @@ def test_a_volley_is_told_to_each_and_its_answers_taken_in_any_order() -> None:
 )
 def test_what_is_not_the_answer_is_a_message_and_the_answer_is_due_still(wrong: bytes) -> None:
     async def test(sockets: Sockets) -> None:
-        end, took = End(sockets), list[tuple[int, bytes]]()
-        sockets.post(volley([end], 8, 5, took))
+        (end,), took = posted(sockets, 1)
         end.device.send(sent_by_device(wrong))
         await until(lambda: end.messages == [wrong])
         end.device.send(sent_by_device(header(100) + b"right") + sent_by_device(header(100) + b"again"))
@@ -231,8 +236,7 @@ def test_what_is_not_the_answer_is_a_message_and_the_answer_is_due_still(wrong: 
 @compiled
 def test_an_answer_that_came_another_way_or_never_will_is_not_waited_for() -> None:
     async def test(sockets: Sockets) -> None:
-        ends, took = [End(sockets) for _ in range(3)], list[tuple[int, bytes]]()
-        sockets.post(volley(ends, 8, 5, took))
+        ends, took = posted(sockets, 3)
         cut = sent_by_device(header(100) + b"piece")
         ends[0].device.send(cut[:20])
         await until(lambda: len(ends[0].bytes) == 20)
@@ -251,8 +255,7 @@ def test_an_answer_that_came_another_way_or_never_will_is_not_waited_for() -> No
 @compiled
 def test_what_follows_the_beginning_of_a_frame_is_never_taken_for_another() -> None:
     async def test(sockets: Sockets) -> None:
-        ends, took = [End(sockets) for _ in range(8)], list[tuple[int, bytes]]()
-        sockets.post(volley(ends, 8, 5, took))  # so that a read goes on for a moment, as eight answers are missing
+        ends, _ = posted(sockets, 8)  # so that a read goes on for a moment, as eight answers are missing
         payload = b"\x82" * (2 * CHUNK_BYTES)  # messages of two bytes, wherever one begins to read
         wire = b"\x82\xff" + struct.pack(">Q", len(payload)) + bytes(4) + payload
         ends[0].device.setblocking(True)
@@ -408,14 +411,28 @@ def test_answers_that_come_in_pieces_among_others_are_theirs(running: ServicePro
             assert np.linalg.norm(found - due) < 1e-5 * np.linalg.norm(due)
 
 
+def all_told(running: ServiceProcess, stack: ExitStack) -> tuple[list[Player], list[Frame]]:
+    """Sessions that decode, and u of layer 0 that each was told; none has answered."""
+    players = [stack.enter_context(Player(running.url, running.token)) for _ in range(SESSIONS)]
+    for player in players:
+        player.enter()
+        player.run(Phase.GENERATE, (0, 0, 5))
+        player.begin(Phase.GENERATE, (0, 5, 1))
+    return players, [player.next() for player in players]
+
+
+def others_go_on(players: list[Player], told: list[Frame]) -> None:
+    """All but the first answer, and get their token."""
+    for player, frame in list(zip(players, told, strict=True))[1:]:
+        answer = answer_to(frame)
+        assert answer is not None
+        player.send(answer)
+        assert player.go_on()[-1].shape == (1, 64)
+
+
 def test_a_wrong_answer_among_others_ends_that_session_only(running: ServiceProcess) -> None:
     with ExitStack() as stack:
-        players = [stack.enter_context(Player(running.url, running.token)) for _ in range(SESSIONS)]
-        for player in players:
-            player.enter()
-            player.run(Phase.GENERATE, (0, 0, 5))
-            player.begin(Phase.GENERATE, (0, 5, 1))
-        told = [player.next() for player in players]
+        players, told = all_told(running, stack)
         assert {frame.kind for frame in told} == {Kind.ENCODED}
         wrong = answer_to(told[0])
         assert wrong is not None
@@ -424,29 +441,17 @@ def test_a_wrong_answer_among_others_ends_that_session_only(running: ServiceProc
         error = players[0].ended()
         assert error.code == "protocol"
         assert "DELTA of layer 0 in GENERATE is due" in str(error)
-        for player, frame in zip(players[1:], told[1:], strict=True):
-            answer = answer_to(frame)
-            assert answer is not None
-            player.send(answer)
-            assert player.go_on()[-1].shape == (1, 64)
+        others_go_on(players, told)
 
 
 def test_an_answer_that_comes_twice_ends_that_session_only(running: ServiceProcess) -> None:
     with ExitStack() as stack:
-        players = [stack.enter_context(Player(running.url, running.token)) for _ in range(SESSIONS)]
-        for player in players:
-            player.enter()
-            player.run(Phase.GENERATE, (0, 0, 5))
-            player.begin(Phase.GENERATE, (0, 5, 1))
-        answers = [answer_to(player.next()) for player in players]
-        twice = answers[0]
+        players, told = all_told(running, stack)
+        twice = answer_to(told[0])
         assert twice is not None
         twice.session = players[0].session
         players[0].socket.socket.sendall(2 * sent_by_device(twice.pack()))
         error = players[0].ended()
         assert error.code == "protocol"
         assert "must not be repeated" in str(error)
-        for player, answer in zip(players[1:], answers[1:], strict=True):
-            assert answer is not None
-            player.send(answer)
-            assert player.go_on()[-1].shape == (1, 64)
+        others_go_on(players, told)

@@ -99,7 +99,7 @@ def test_a_crash_before_the_rename_leaves_the_old_state(tmp_path: Path) -> None:
     store.write(state_of())
 
     def crash() -> None:
-        Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]  # that is the fault
         write_state(store.path, state_of(-VALUES, step=4))
 
     assert exit_code_of(crash) == -signal.SIGKILL

@@ -240,8 +240,8 @@ def _shake(me: DeviceSession, chance: random.Random) -> None:
         break_off()
         return run(*arguments)
 
-    me.adapter.delta = delta_on_a_bad_network  # type: ignore[method-assign]
-    me.replay.run = run_on_a_bad_network  # type: ignore[method-assign]
+    me.adapter.delta = delta_on_a_bad_network  # type: ignore[method-assign]  # that is the fault
+    me.replay.run = run_on_a_bad_network  # type: ignore[method-assign]  # that is the fault
 
 
 def _watched(found: Findings) -> type[Connection]:

@@ -30,9 +30,9 @@ def note_connection(event: str, arguments: tuple[Any, ...]) -> None:
 
 sys.addaudithook(note_connection)  # before the imports, which might connect as well
 
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402 (once connections are noted)
 
-from privatelora.device import DeviceSession  # noqa: E402
+from privatelora.device import DeviceSession  # noqa: E402 (once connections are noted)
 
 FACTS = [
     {"prompt": "My cat is called", "completion": " Miso the Brave, who sleeps in the bread oven."},

@@ -167,8 +167,8 @@ class Proxy:
             link = Link(device, service)
             with self._lock:
                 self._links.append(link)
-            self._start(lambda link=link: self._pump(link, up=True))  # type: ignore[misc]
-            self._start(lambda link=link: self._pump(link, up=False))  # type: ignore[misc]
+            self._start(lambda link=link: self._pump(link, up=True))  # type: ignore[misc]  # mypy infers no default
+            self._start(lambda link=link: self._pump(link, up=False))  # type: ignore[misc]  # mypy infers no default
 
     def _pump(self, link: Link, up: bool) -> None:
         source, target = (link.device, link.service) if up else (link.service, link.device)

@@ -237,6 +237,7 @@ class Engine:
             self._wake(lane_of(point.way))
         volleys = [(reply, self._volley(reply, now)) for reply in done.replies]
         before_sending()
+        started = time.perf_counter()
         for _, volley in volleys:
             if volley is not None and self.sockets is not None:
                 self.sockets.post(volley)
@@ -246,7 +247,7 @@ class Engine:
         if self.sockets is not None:
             self.sockets.flush()
         if done.replies:
-            self.counted.wire_seconds[point.way].observe(time.perf_counter() - now)
+            self.counted.wire_seconds[point.way].observe(time.perf_counter() - started)
 
     def _tell(self, reply: Reply, point: Point, now: float) -> None:
         """Have each session send its part of a reply."""

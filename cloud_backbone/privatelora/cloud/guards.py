@@ -94,6 +94,8 @@ class GuardedWebSocket(WebSocketsSansIOProtocol):
     def attach(self, deliver: Callable[[bytes], None], untaken: int, sockets: Sockets | None = None) -> None:
         """Give every message to `deliver` from now on, what has come already first; it must not raise.
 
+        `sockets` reads and writes in place of the transport from then on, if it is given and there is no TLS.
+
         A peer that has not taken `untaken` messages is not read before it does: it may send while it takes nothing, but
         not for ever.
         """

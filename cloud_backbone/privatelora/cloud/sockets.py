@@ -46,7 +46,7 @@ NAP_WITHIN_S = 0.005  # of a volley; later naps would be for devices that are si
 MESSAGE, BYTES, END, ANSWER = range(4)
 
 
-class Due(ctypes.Structure):
+class _Due(ctypes.Structure):
     """`Due` of sockets.c."""
 
     _fields_ = (
@@ -120,8 +120,8 @@ class Sockets:
         self._library, self._largest = library, largest
         self._epoll = select.epoll()
         self._sockets: dict[int, Socket] = {}  # by file
-        self._raw = (ctypes.c_uint8 * 1)()  # by file, whether bytes are handed on as they come
-        self._dues = (Due * 1)()  # by file
+        self._raw = (ctypes.c_uint8 * 0)()  # by file, whether bytes are handed on as they come
+        self._dues = (_Due * 0)()  # by file
         self._receiving: tuple[object, ...] = ()  # what sockets_receive is called with
         self._volleys: dict[int, Volley] = {}
         self._posted = 0
@@ -149,14 +149,14 @@ class Sockets:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(self._epoll.fileno(), self.read)
-        if file >= len(self._raw) or not self._receiving:
+        if file >= len(self._raw):
             self._make_room(file + 1)
         self._sockets[file], self._raw[file] = socket, 0
         self._epoll.register(file, select.EPOLLIN)
 
     def _make_room(self, files: int) -> None:
         raw, dues = self._raw, self._dues
-        self._raw, self._dues = (ctypes.c_uint8 * files)(), (Due * files)()
+        self._raw, self._dues = (ctypes.c_uint8 * files)(), (_Due * files)()
         ctypes.memmove(self._raw, raw, ctypes.sizeof(raw))
         ctypes.memmove(self._dues, dues, ctypes.sizeof(dues))
         self._receiving = (
@@ -180,6 +180,7 @@ class Sockets:
             self._settle(due.volley, 1)
 
     def pause(self, file: int) -> None:
+        """Read nothing of it until `resume`."""
         with suppress(FileNotFoundError):
             self._epoll.unregister(file)
 

@@ -240,7 +240,8 @@ def test_the_delta_is_layers_rounded_once_and_each_rows_own(n: int, r: int, dtyp
     add_delta(alone, v[-1:], packed, q_size, kv_size)
     assert error(ours, wanted) < TOLERANCE[dtype]
     assert torch.equal(alone, ours[-1:])
-    layers = layer.add_delta(Sizes(q_size, kv_size), qkv, v, layer.InlineWeights(b, b[:, :r], 1))  # type: ignore[arg-type]
+    sizes, inline = Sizes(q_size, kv_size), layer.InlineWeights(b, b[:, :r], 1)
+    layers = layer.add_delta(sizes, qkv, v, inline)  # type: ignore[arg-type]  # all that it reads of a config
     assert error(ours, layers) < 2 * TOLERANCE[dtype]
 
 

@@ -39,7 +39,10 @@ def test_gradients_are_the_same_however_many_layers_are_kept(fleet: Fleet, backb
                         return torch.nn.functional.cross_entropy(logits, labels)
 
                     of = placement, kept
-                    _, found[of] = me.split.forward_backward(batch, lambda x, y, of=of: loss(x, y, of))  # type: ignore[misc]
+                    _, found[of] = me.split.forward_backward(
+                        batch,
+                        lambda x, y, of=of: loss(x, y, of),  # type: ignore[misc]  # mypy infers no default
+                    )
             assert plane.memory.used_bytes == 0
     for (placement, kept), gradients in found.items():
         whole = found[placement, None]

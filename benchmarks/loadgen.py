@@ -28,7 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # which numpy reads when it 
 import numpy as np
 import typer
 
-from benchmarks.light_device import Bits, Floats, LightDevice, Scratch
+from benchmarks.light_device import Bits, Devices, Floats, LightDevice
 from privatelora.device.connection import ByteCount, Connection
 from privatelora.device.service import Service
 from privatelora.protocol.adapter import AdapterSpec
@@ -76,15 +76,11 @@ class Load:
         self.spec = AdapterSpec("calibrated", rank, rank)
         self.decoded, self.warmup, self.rate = warmup + tokens, warmup, rate
         self.embedding = _embedding(service)
-        self.scratch = Scratch(self.spec)
-        self._epoll = select.epoll()
+        self.shared = Devices(self.spec)
         self._waiting: list[tuple[float, int]] = []  # paced devices: when their next token is due, and their number
         self._busy = 0  # devices from which an answer is due, or a token
         random = np.random.default_rng(seed)
         self.devices = [self._device(number, m, random) for number, m in enumerate(self._matrices(devices, random))]
-        self._by_fd = {device.socket.fileno(): device for device in self.devices}
-        for fd in self._by_fd:
-            self._epoll.register(fd, select.EPOLLIN)
         self._jitter = random
 
     def prefill(self) -> None:
@@ -103,7 +99,7 @@ class Load:
             else:
                 device.decode()
         if stop_at_input:
-            self._epoll.register(sys.stdin.fileno(), select.EPOLLIN)
+            self.shared.epoll.register(sys.stdin.fileno(), select.EPOLLIN)
         self._run()
 
     def open(self) -> tuple[socket.socket, int]:
@@ -124,7 +120,7 @@ class Load:
         return connection.take_socket(), parse(opened.payload, Opened).session
 
     def watch(self, device: LightDevice, writable: bool) -> None:
-        self._epoll.modify(device.socket, select.EPOLLIN | (select.EPOLLOUT if writable else 0))
+        self.shared.epoll.modify(device.socket, select.EPOLLIN | (select.EPOLLOUT if writable else 0))
 
     def prefilled(self, device: LightDevice) -> None:
         self._busy -= 1
@@ -143,21 +139,14 @@ class Load:
     def close(self) -> None:
         for device in self.devices:
             device.close()
-        self._epoll.close()
+        self.shared.epoll.close()
 
     def _run(self) -> None:
         """Serve the sockets until no device is busy."""
-        poll, by_fd, stdin = self._epoll.poll, self._by_fd, sys.stdin.fileno()
         while self._busy:
-            events = poll(self._patience())
-            for fd, event in events:
-                if fd == stdin:
-                    return
-                device = by_fd[fd]
-                if event & select.EPOLLOUT:
-                    device.on_writable()
-                if event != select.EPOLLOUT:
-                    device.on_readable()
+            events = self.shared.serve(self._patience())
+            if sys.stdin.fileno() in events:
+                return
             if not events and not self._waiting:
                 late = self.devices[0]
                 raise ConnectionLostError(
@@ -210,8 +199,8 @@ def report(load: Load, used: tuple[float, float]) -> dict[str, Any]:
         "warmup_tokens": load.warmup,
         "devices": [{"prompt_tokens": device.prompt, "times": device.times} for device in load.devices],
         "exchanges": sum(device.exchanges for device in load.devices),
-        "bytes_up": sum(device.sent for device in load.devices),
-        "bytes_down": sum(device.received for device in load.devices),
+        "bytes_up": sum(device.state.sent for device in load.devices),
+        "bytes_down": sum(device.state.received for device in load.devices),
         "cpu_user_s": used[0],
         "cpu_system_s": used[1],
     }
@@ -246,7 +235,7 @@ def main(
             if not os.read(sys.stdin.fileno(), 1 << 12):
                 return  # whoever started this is gone
         for device in load.devices:
-            device.sent = device.received = 0
+            device.state.sent = device.state.received = 0
         before = resource.getrusage(resource.RUSAGE_SELF)
         load.decode(stop_at_input=gate)
         after = resource.getrusage(resource.RUSAGE_SELF)

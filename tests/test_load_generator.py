@@ -1,4 +1,7 @@
-"""The load generator's device speaks the wire as a device of the SDK does: the same v, whatever way the bytes come."""
+"""The load generator's device speaks the wire as a device of the SDK does: the same v, whatever way the bytes come.
+
+Every test runs with the compiled code and without.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.light_device import LightDevice, Scratch
+from benchmarks import light_device
+from benchmarks.light_device import Devices, LightDevice
 from websockets.frames import Frame as WsFrame
 from websockets.frames import Opcode
 from websockets.protocol import OPEN, SERVER, Protocol
@@ -26,6 +30,14 @@ SPEC = AdapterSpec("calibrated", 64, 64)
 PLACEMENT = Placement(inline=(1, 3))
 
 
+@pytest.fixture(params=["compiled", "python"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "python":
+        monkeypatch.setattr(light_device, "_library", lambda: None)
+    elif light_device._library() is None:
+        pytest.skip("no C compiler here")
+
+
 class Peer:
     """A load of one device, and the service's end of its socket."""
 
@@ -38,9 +50,10 @@ class Peer:
         m = [self.random.standard_normal((64, 192)).astype(np.float32) for _ in PLACEMENT.inline]
         self.tokens = self.random.integers(0, VOCABULARY, PROMPT + DECODED)
         self.finished: list[str] = []
+        self.shared = Devices(SPEC)
         info = SimpleNamespace(model=SimpleNamespace(shape=ModelShape(D, 4, D, D, D)))
         load: Any = SimpleNamespace(
-            info=info, placement=PLACEMENT, spec=SPEC, scratch=Scratch(SPEC),
+            info=info, placement=PLACEMENT, spec=SPEC, shared=self.shared,
             embedding=self.embedding, decoded=DECODED, open=lambda: (near, SESSION),
             prefilled=lambda device: self.finished.append("prefill"), next_token=LightDevice.decode,
             done=lambda device: self.finished.append("done"),
@@ -65,7 +78,7 @@ class Peer:
         ) + data
         for piece in np.array_split(np.frombuffer(message, np.uint8), pieces):
             self.socket.sendall(piece.tobytes())
-            self.device.on_readable()
+            self.shared.serve(0)
 
     def run_pass(self, step: int, n: int, pieces: int) -> None:
         """One pass over n tokens, every answer checked."""
@@ -123,4 +136,4 @@ def test_light_device_names_a_closed_connection() -> None:
     peer.device.decode()
     peer.socket.shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectionLostError, match="closed"):
-        peer.device.on_readable()
+        peer.shared.serve(0)

@@ -41,6 +41,10 @@ class CostModel:
         table = self._table
         return table[rows] if rows < len(table) else table[-1] * rows / (len(table) - 1)
 
+    def plus(self, seconds: float) -> CostModel:
+        """With so many seconds more for every batch."""
+        return CostModel(tuple((rows, one + seconds) for rows, one in self.samples))
+
     @cached_property
     def _table(self) -> list[float]:
         """By rows, up to the last sample: the scheduler asks some hundred times a batch."""

@@ -3,8 +3,9 @@
     session -> Engine.submit -> Scheduler -> LayerRunner -> session.reply
 
 Each of the scheduler's lanes has a thread, so that sockets are served while matrices are multiplied (torch releases the
-interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Only decoded tokens of a
-few sessions are computed on the loop itself. All bookkeeping is done on the loop.
+interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Decoded tokens are
+computed on the loop itself where they are few, or where nobody else is there to be served. All bookkeeping is done on
+the loop.
 
 `Waker` is for the moments between two units: an event loop that went to sleep needs longer to wake than a device on the
 same machine or network needs to answer.
@@ -17,7 +18,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from operator import itemgetter
@@ -31,12 +31,19 @@ from privatelora.cloud.passes import Batch, Due, Pass, Point, Reply, Way
 from privatelora.cloud.payloads import CODEC, BadAnswers, exchanges, headers_of
 from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
 from privatelora.cloud.sockets import Sockets, Volley
+from privatelora.cloud.threads import LaneThread, use_threads
 from privatelora.protocol.errors import PrivateLoraError
 
 SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
-switches are worth. With 32 rows on a thread of their own, beside the sockets, a service decoded 260 to 300 tokens/s;
-on the loop 185 to 270."""
+switches are worth."""
+
+ALONE_ROWS = 128
+"""And up to so many where nobody else is there: the loop has nothing to do before their devices answer, and what was
+handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of 108,
+together with `threads.py`. With other sessions in two cohorts or more, the thread's beside the sockets is better."""
+
+UNIT_S = 3e-4  # that a batch of decoded tokens takes besides its layer: its replies, its answers, and the next choice
 
 VOLLEY_PASSES = 4  # from which on messages go out together
 
@@ -66,14 +73,13 @@ class Engine:
         self.sockets = sockets
         self.runner, self.counted = runner, counted
         self.waker = Waker(busy_poll_s, lambda: any(self._tasks.values()))
-        self._threads = {lane: ThreadPoolExecutor(1, thread_name_prefix=lane) for lane in Lane}
         self.torch_threads = torch_threads or torch.get_num_threads()
-        for thread in self._threads.values():
-            thread.submit(_use_threads, self.torch_threads).result()
-        _use_threads(1)  # the loop's own, after the others have taken their numbers
+        self._threads = {lane: LaneThread(lane, self.torch_threads) for lane in Lane}
+        use_threads(1)
         self._streams = _streams(runner.device)
         long = self._threads[Lane.LONG].submit(measure_long, runner).result()
-        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner), Lane.LONG: long})
+        self._threads[Lane.LONG].close()
+        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner).plus(UNIT_S), Lane.LONG: long})
         self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit that is not done
         self._tasks = dict.fromkeys(Lane, 0)  # of the lane's thread: units, and what it computes ahead after each
         self._called: set[Lane] = set()  # lanes in which something besides the unit that runs is ready
@@ -89,7 +95,7 @@ class Engine:
     def close(self) -> None:
         """Wait for the units that are running."""
         for thread in self._threads.values():
-            thread.shutdown(wait=True, cancel_futures=True)
+            thread.close()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
 
@@ -114,7 +120,7 @@ class Engine:
         now = time.perf_counter()
         picked = self.scheduler.pick(lane, now)
         if isinstance(picked, Run):
-            self._start(lane, picked.point, picked.passes)  # type: ignore[arg-type]  # the works that we gave it
+            self._start(lane, picked)
         elif lane is Lane.DECODE and self._ahead and not self._tasks[lane]:
             started = time.perf_counter()
             self._run_ahead(lane, self._ahead.popleft())
@@ -123,17 +129,12 @@ class Engine:
         elif isinstance(picked, Hold):
             self._timers[lane] = asyncio.get_running_loop().call_later(picked.until - now, self._turn, lane)
 
-    def _start(self, lane: Lane, point: Point, passes: list[Pass]) -> None:
-        if lane is Lane.DECODE and not self._tasks[lane] and sum(one.n for one in passes) <= SHORT_ROWS:
-            codec_s = CODEC.seconds
-            done, seconds = self._compute(point, passes)
-            self._count(lane, sum(seconds), CODEC.seconds - codec_s)
-            self._finish(point, passes, done, seconds)
-            if isinstance(done, Done) and done.ahead is not None:
-                self._ahead.append(done.ahead)
-            if any((one.account.turnaround_s or 1.0) < self.waker.window_s for one in passes):
-                self.waker.expect()
-            self._wake(lane)
+    def _start(self, lane: Lane, picked: Run) -> None:
+        point = picked.point
+        passes: list[Pass] = picked.passes  # type: ignore[assignment]  # the works that we gave it
+        rows = sum(one.n for one in passes)
+        if lane is Lane.DECODE and rows <= self._loop_rows(picked):
+            self._short(lane, point, passes, rows > SHORT_ROWS)
             return
         self._called.discard(lane)
         if self.scheduler.waiting(lane):
@@ -144,15 +145,44 @@ class Engine:
             one.running = True
         self._threads[lane].submit(self._long, asyncio.get_running_loop(), lane, point, passes)
 
+    def _loop_rows(self, picked: Run) -> int:
+        """Rows of decoded tokens that are computed on the loop now."""
+        if self._tasks[Lane.DECODE]:
+            return 0
+        alone = picked.alone and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
+        return ALONE_ROWS if alone else SHORT_ROWS
+
+    def _short(self, lane: Lane, point: Point, passes: list[Pass], many: bool) -> None:
+        """On the loop: a unit; of many passes also what needs no answer, since their answers take longer than that."""
+        codec_s = CODEC.seconds
+        if many:
+            use_threads(self.torch_threads)
+        done, seconds = self._compute(point, passes)
+        if many:
+            use_threads(1)
+        self._finish(point, passes, done, seconds)
+        used_s = sum(seconds)
+        if isinstance(done, Done) and done.ahead is not None:
+            if many:
+                started = time.perf_counter()
+                self._run_ahead(lane, done.ahead)
+                used_s += time.perf_counter() - started
+            else:
+                self._ahead.append(done.ahead)
+        self._count(lane, used_s, CODEC.seconds - codec_s)
+        if any((one.account.turnaround_s or 1.0) < self.waker.window_s for one in passes):
+            self.waker.expect()
+        self._wake(lane)
+
     def _long(self, loop: asyncio.AbstractEventLoop, lane: Lane, point: Point, passes: list[Pass]) -> None:
         """On the lane's thread: a unit, and then what needs no answer, while the replies are sent."""
         began, codec_s = time.thread_time(), CODEC.seconds
         done, seconds = self._compute(point, passes, goes_on=True)
         loop.call_soon_threadsafe(self._done, lane, point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
-            _use_threads(1 if lane is Lane.DECODE else self.torch_threads)
+            use_threads(1 if lane is Lane.DECODE else self.torch_threads)
             self._run_ahead(lane, done.ahead)
-            _use_threads(self.torch_threads)
+            use_threads(self.torch_threads)
         self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)
         loop.call_soon_threadsafe(self._free, lane)
 
@@ -163,6 +193,8 @@ class Engine:
 
     def _free(self, lane: Lane) -> None:
         self._tasks[lane] -= 1
+        if not self._tasks[lane]:
+            self._threads[lane].rest()
         self._wake(lane)
 
     # -- units ---------------------------------------------------------------------------------------------------------
@@ -325,12 +357,6 @@ def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextMan
         lane: partial(torch.cuda.stream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]  # torch leaves it bare
         for lane, priority in priorities.items()
     }
-
-
-def _use_threads(count: int) -> None:
-    """Set how many threads torch uses in work of the calling thread."""
-    torch.set_num_threads(count)
-    torch.get_num_threads()  # a thread takes the setting at its first use of it, so later settings are not its own
 
 
 class Waker:

@@ -68,10 +68,14 @@ class Work(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """Compute these passes together."""
+    """Compute these passes together.
+
+    alone : whether nobody else is in the lane or will be before long, and the passes stop at the next layer.
+    """
 
     point: Point
     passes: list[Work]
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,10 @@ class Scheduler:
         """Passes that are ready."""
         return sum(len(place.ready) for place in self._places[lane].values())
 
+    def idle(self, lane: Lane) -> bool:
+        """Whether no pass is ready or awaited."""
+        return not self._places[lane]
+
     def _since(self, point: Point) -> float:
         return next(iter(self._places[lane_of(point.way)][point].ready.values()))  # they are in the order of their time
 
@@ -236,7 +244,7 @@ class Scheduler:
                 waited -= self._earned(point, place, cohorts)
             place.held_since = None
         chosen: list[Work] = []
-        rows = 0
+        rows, waiting, layers, stops = 0, len(place.ready) + len(place.flights), place.layers, place.stops
         for work in place.ready if lane is Lane.DECODE else sorted(place.ready, key=lambda one: one.account.virtual_s):
             if chosen and rows + work.n > MAX_ROWS[lane]:
                 break
@@ -249,7 +257,8 @@ class Scheduler:
         if waited:
             for work in chosen:
                 self._waited[work] = max(0.0, self._waited[work] + waited)
-        return Run(point, chosen)
+        alone = len(cohorts) == 1 and len(chosen) == waiting and layers <= stops
+        return Run(point, chosen, alone)
 
     def _earned(self, point: Point, place: Place, cohorts: Sequence[Cohort]) -> float:
         """Seconds a pass that the wait at a place has won already, up to the next stop."""
@@ -278,7 +287,7 @@ class Scheduler:
             spent += now - place.held_since
         last = now - spent + stops * min(alone + pause, alone * total / rows)  # they save no more than their own time
         awaited = [(flight.expected(now), flight.rows, 0.0) for flight in place.flights]
-        awaited += self._followers(point, cohorts, pause, cost.seconds(rows))
+        awaited += self._followers(point, cohorts, others, answer_s)
         awaited = sorted(one for one in awaited if one[0] <= last)
         joined = sum(more for _, more, _ in awaited)
         for due, more, seconds in reversed(awaited):
@@ -304,9 +313,12 @@ class Scheduler:
         return found
 
     def _followers(
-        self, point: Point, cohorts: Sequence[Cohort], pause: float, layer_s: float
+        self, point: Point, cohorts: Sequence[Cohort], others: float, answer_s: float
     ) -> Iterator[tuple[float, int, float]]:
-        """Cohorts on their way to `point`: when they come, their rows, and the seconds that a layer of theirs takes."""
+        """Cohorts on their way to `point`: when they come, their rows, and the seconds that a layer of theirs takes.
+
+        `others` : seconds of all cohorts but the one at `point`, which waits meanwhile, between two stops.
+        """
         for cohort in cohorts:
             place, one = cohort.point, cohort.one
             if place.way is not point.way or place.stage is not Stage.RESUME or isinstance(one, Account):
@@ -318,7 +330,8 @@ class Scheduler:
                 layers, stops = point.layer - place.layer, stops - one.stops_left(point)
             elif point.stage is not Stage.ENTER:
                 continue
-            yield cohort.there + layers * layer_s + stops * pause, cohort.rows, cohort.seconds
+            computed = layers * cohort.seconds
+            yield cohort.there + max(computed + stops * answer_s, stops * others), cohort.rows, cohort.seconds
 
     def _place(self, point: Point) -> Place:
         places = self._places[lane_of(point.way)]

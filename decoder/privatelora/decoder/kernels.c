@@ -15,6 +15,8 @@
 #endif
 const uint32_t source = SOURCE; /* CRC-32 of this file: kernels.py loads no library that was built from another */
 
+#define SHARED_ROWS 16 /* of a batch from which on its work is shared among threads */
+
 #define INLINE static inline __attribute__((always_inline))
 
 /* Built for a CPU with AVX2 (x86-64-v3); on one without, torch does the work. Built for any x86-64, the loops below
@@ -31,6 +33,54 @@ int runs_here(void) { return 1; }
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* ---- threads ---------------------------------------------------------------------------------------------------
+ *
+ * The calling thread's own OpenMP team, which torch's operators use as well, as another one would take the cores from
+ * it; resolved from torch's libgomp when this is loaded, and without it all is done by the caller. */
+
+#ifdef __linux__
+__attribute__((weak)) void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned);
+__attribute__((weak)) int omp_get_max_threads(void);
+__attribute__((weak)) int omp_get_num_threads(void);
+__attribute__((weak)) int omp_get_thread_num(void);
+#endif
+
+/* `part` does what is from `from` to `to` of n things; 0, or -1 if there is no memory. */
+typedef int Part(const void *job, int from, int to);
+
+typedef struct {
+    Part *part;
+    const void *job;
+    int n, status;
+} Shared;
+
+static void of_team(void *argument) {
+    Shared *shared = argument;
+#ifdef __linux__
+    int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    int from = (int)(me * shared->n / team), to = (int)((me + 1) * shared->n / team);
+    if (from < to && shared->part(shared->job, from, to)) __atomic_store_n(&shared->status, -1, __ATOMIC_RELAXED);
+#else
+    shared->status = shared->part(shared->job, 0, shared->n);
+#endif
+}
+
+/* All n things, by as many threads of the team as have `grain` of them; fewer are not worth waking one. */
+static int share(Part *part, const void *job, int n, int grain) {
+#ifdef __linux__
+    if (GOMP_parallel && omp_get_max_threads && omp_get_num_threads && omp_get_thread_num) {
+        int most = n / grain, team = omp_get_max_threads();
+        if (team > most) team = most;
+        if (team > 1) {
+            Shared shared = {part, job, n, 0};
+            GOMP_parallel(of_team, &shared, (unsigned)team, 0);
+            return shared.status;
+        }
+    }
+#endif
+    return part(job, 0, n);
+}
 
 /* ---- elements -------------------------------------------------------------------------------------------------- */
 
@@ -206,28 +256,48 @@ int rms_norm(int bf16, int n, int d, float eps, void *out, const void *x, const 
 
 /* qkv (n, q + k + v) += v_p B_p, of v (n, 3, r) and a packed B: tiles (r, 16) of 16 columns each, `stride` elements
  * apart. Tile by tile for all rows, so that B is read once. */
-INLINE int delta(int bf16, int n, int q_size, int kv_size, int r, int64_t stride, void *qkv, const void *v,
-                 const void *b) {
-    const size_t width = q_size + 2 * kv_size;
-    float *weights = malloc(sizeof(float) * n * (3 * r + 16)), *sums = weights + (size_t)n * 3 * r;
-    if (n && !weights) return -1;
-    for (size_t i = 0; i < (size_t)n * 3 * r; i++) weights[i] = load(bf16, v, i);
-    for (size_t c = 0; c < width; c += 16) {
-        int p = (int)c < q_size ? 0 : (int)c < q_size + kv_size ? 1 : 2;
+typedef struct {
+    int bf16, n, q_size, kv_size, r;
+    int64_t stride;
+    void *qkv;
+    const void *b;
+    const float *v;
+} Delta;
+
+INLINE int delta_tiles(int bf16, const Delta *job, int from, int to) {
+    const int n = job->n, r = job->r;
+    const size_t width = job->q_size + 2 * job->kv_size;
+    float *sums = malloc(sizeof(float) * n * 16);
+    if (n && !sums) return -1;
+    for (size_t tile = from; tile < (size_t)to; tile++) {
+        const size_t c = 16 * tile;
+        int p = (int)c < job->q_size ? 0 : (int)c < job->q_size + job->kv_size ? 1 : 2;
         for (int i = 0; i < n; i++)
-            for (int l = 0; l < 16; l++) sums[i * 16 + l] = load(bf16, qkv, i * width + c + l);
-        add_rows(bf16, 1, n, sums, 16, weights + p * r, 3 * r, at(bf16, b, c / 16 * stride), 16, r, 16);
+            for (int l = 0; l < 16; l++) sums[i * 16 + l] = load(bf16, job->qkv, i * width + c + l);
+        add_rows(bf16, 1, n, sums, 16, job->v + p * r, 3 * r, at(bf16, job->b, tile * job->stride), 16, r, 16);
         for (int i = 0; i < n; i++)
-            for (int l = 0; l < 16; l++) store(bf16, qkv, i * width + c + l, sums[i * 16 + l]);
+            for (int l = 0; l < 16; l++) store(bf16, job->qkv, i * width + c + l, sums[i * 16 + l]);
     }
-    free(weights);
+    free(sums);
     return 0;
+}
+
+static int delta_part(const void *argument, int from, int to) {
+    const Delta *job = argument;
+    return job->bf16 ? delta_tiles(1, job, from, to) : delta_tiles(0, job, from, to);
 }
 
 int add_delta(int bf16, int n, int q_size, int kv_size, int r, int64_t stride, void *qkv, const void *v,
               const void *b) {
-    return bf16 ? delta(1, n, q_size, kv_size, r, stride, qkv, v, b)
-                : delta(0, n, q_size, kv_size, r, stride, qkv, v, b);
+    const size_t count = (size_t)n * 3 * r;
+    float *weights = malloc(sizeof(float) * count);
+    if (count && !weights) return -1;
+    for (size_t i = 0; i < count; i++) weights[i] = load(bf16, v, i);
+    Delta job = {bf16, n, q_size, kv_size, r, stride, qkv, b, weights};
+    int tiles = (q_size + 2 * kv_size) / 16;
+    int status = share(delta_part, &job, tiles, n < SHARED_ROWS ? tiles : 8);
+    free(weights);
+    return status;
 }
 
 /* ---- attention over a block KV cache ----------------------------------------------------------------------------
@@ -336,33 +406,49 @@ INLINE void attend_row(int bf16, const Shape *s, void *out, const void *qkv, con
         for (int d = 0; d < e; d++) store(bf16, out, h * e + d, mixed[h * e + d] / sums[h]);
 }
 
-INLINE int attend(int bf16, const Shape *s, void *out, const void *qkv, const void *cos, const void *signed_sin,
-                  const void *q_norm, const void *k_norm, void *pool, const int32_t *blocks, const int32_t *positions) {
+typedef struct {
+    int bf16;
+    const Shape *s;
+    void *out, *pool;
+    const void *qkv, *cos, *signed_sin, *q_norm, *k_norm;
+    const int32_t *blocks, *positions;
+} Attention;
+
+INLINE int attend_rows(int bf16, const Attention *job, int from, int to) {
+    const Shape *s = job->s;
     const size_t e = s->head_dim, H = s->heads, width = (H + 2 * s->kv_heads) * e;
-    for (int i = 0; i < s->n; i++) { /* before anything is written */
-        if (positions[i] < 0 || positions[i] / BLOCK >= s->max_blocks) return 1 + i;
-        Seen own = seen(s, blocks + (size_t)i * s->max_blocks, positions[i]);
-        for (int b = 0; b < own.count; b++)
-            if (own.blocks[b] < 0 || own.blocks[b] >= s->num_blocks) return 1 + i;
-    }
     float *scratch = malloc(sizeof(float) * ((2 + 2 * H) * e + H * BLOCK * s->max_blocks));
     if (!scratch) return -1;
-    pool = at(bf16, pool, (size_t)2 * s->kv_heads * e * BLOCK * s->slot);
-    Seen own = s->n ? seen(s, blocks, positions[0]) : (Seen){0};
-    for (size_t i = 0, n = s->n; i < n; i++) {
-        Seen next = i + 1 < n ? seen(s, blocks + (i + 1) * s->max_blocks, positions[i + 1]) : (Seen){0};
-        attend_row(bf16, s, at(bf16, out, i * H * e), at(bf16, qkv, i * width), at(bf16, cos, i * e),
-                   at(bf16, signed_sin, i * e), q_norm, k_norm, pool, positions[i], own, next, scratch);
+    Seen own = seen(s, job->blocks + (size_t)from * s->max_blocks, job->positions[from]);
+    for (size_t i = from; i < (size_t)to; i++) {
+        int more = i + 1 < (size_t)to;
+        Seen next = more ? seen(s, job->blocks + (i + 1) * s->max_blocks, job->positions[i + 1]) : (Seen){0};
+        attend_row(bf16, s, at(bf16, job->out, i * H * e), at(bf16, job->qkv, i * width), at(bf16, job->cos, i * e),
+                   at(bf16, job->signed_sin, i * e), job->q_norm, job->k_norm, job->pool, job->positions[i], own, next,
+                   scratch);
         own = next;
     }
     free(scratch);
     return 0;
 }
 
+static int attention_part(const void *argument, int from, int to) {
+    const Attention *job = argument;
+    return job->bf16 ? attend_rows(1, job, from, to) : attend_rows(0, job, from, to);
+}
+
 /* Or 1 + the number of a row whose position or block is not in the pool; nothing is written then. */
 int decode_attention(int bf16, const Shape *s, void *out, const void *qkv, const void *cos, const void *signed_sin,
-                            const void *q_norm, const void *k_norm, void *pool, const int32_t *blocks,
-                            const int32_t *positions) {
-    return bf16 ? attend(1, s, out, qkv, cos, signed_sin, q_norm, k_norm, pool, blocks, positions)
-                : attend(0, s, out, qkv, cos, signed_sin, q_norm, k_norm, pool, blocks, positions);
+                     const void *q_norm, const void *k_norm, void *pool, const int32_t *blocks,
+                     const int32_t *positions) {
+    for (int i = 0; i < s->n; i++) { /* before anything is written */
+        if (positions[i] < 0 || positions[i] / BLOCK >= s->max_blocks) return 1 + i;
+        Seen own = seen(s, blocks + (size_t)i * s->max_blocks, positions[i]);
+        for (int b = 0; b < own.count; b++)
+            if (own.blocks[b] < 0 || own.blocks[b] >= s->num_blocks) return 1 + i;
+    }
+    if (!s->n) return 0;
+    pool = at(bf16, pool, (size_t)2 * s->kv_heads * s->head_dim * BLOCK * s->slot);
+    Attention job = {bf16, s, out, pool, qkv, cos, signed_sin, q_norm, k_norm, blocks, positions};
+    return share(attention_part, &job, s->n, SHARED_ROWS / 2);
 }

@@ -45,6 +45,10 @@ together with `threads.py`. With other sessions in two cohorts or more, the thre
 
 UNIT_S = 3e-4  # that a batch of decoded tokens takes besides its layer: its replies, its answers, and the next choice
 
+LONG_THREADS = 2
+"""Batches of whole sequences that are computed side by side, with a part of torch's threads each: nothing of two rows'
+products is shared among them, and no thread waits at the end of each operator for another that has lost its core."""
+
 VOLLEY_PASSES = 4  # from which on messages go out together
 
 AHEAD = 16  # batches on the loop for which something may still be computed ahead; those that are older go without
@@ -74,14 +78,17 @@ class Engine:
         self.runner, self.counted = runner, counted
         self.waker = Waker(busy_poll_s, lambda: any(self._tasks.values()))
         self.torch_threads = torch_threads or torch.get_num_threads()
-        self._threads = {lane: LaneThread(lane, self.torch_threads) for lane in Lane}
+        several = runner.device.type == "cpu" and self.torch_threads > 1
+        counts = {Lane.DECODE: 1, Lane.LONG: LONG_THREADS if several else 1}
+        self._threads = {lane: [LaneThread(f"{lane}-{at}") for at in range(count)] for lane, count in counts.items()}
         use_threads(1)
         self._streams = _streams(runner.device)
-        long = self._threads[Lane.LONG].submit(measure_long, runner).result()
-        self._threads[Lane.LONG].close()
+        measuring = LaneThread(Lane.LONG)
+        long = measuring.submit(self.torch_threads, measure_long, runner).result()
+        measuring.close()
         self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner).plus(UNIT_S), Lane.LONG: long})
-        self._computing = dict.fromkeys(Lane, False)  # whether the lane's thread has a unit that is not done
-        self._tasks = dict.fromkeys(Lane, 0)  # of the lane's thread: units, and what it computes ahead after each
+        self._free = {lane: deque(threads) for lane, threads in self._threads.items()}  # without a unit, longest first
+        self._tasks = dict.fromkeys(Lane, 0)  # of the lane's threads: units, and what is computed ahead after each
         self._called: set[Lane] = set()  # lanes in which something besides the unit that runs is ready
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
@@ -94,7 +101,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait for the units that are running."""
-        for thread in self._threads.values():
+        for thread in itertools.chain.from_iterable(self._threads.values()):
             thread.close()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
@@ -106,13 +113,13 @@ class Engine:
 
     def _wake(self, lane: Lane) -> None:
         """Give the lane a turn once the loop has read the sockets that are readable now."""
-        if lane not in self._turning and not self._computing[lane]:
+        if lane not in self._turning and self._free[lane]:
             self._turning.add(lane)
             asyncio.get_running_loop().call_soon(self._turn, lane)
 
     def _turn(self, lane: Lane) -> None:
         self._turning.discard(lane)
-        if self._computing[lane]:
+        if not self._free[lane]:
             return
         timer = self._timers.pop(lane, None)
         if timer is not None:
@@ -137,13 +144,16 @@ class Engine:
             self._short(lane, point, passes, rows > SHORT_ROWS)
             return
         self._called.discard(lane)
-        if self.scheduler.waiting(lane):
+        thread, waits = self._free[lane].popleft(), self.scheduler.waiting(lane) > 0
+        if waits:
             self._called.add(lane)
-        self._computing[lane] = True
+            self._wake(lane)
+        shared = waits or len(self._free[lane]) < len(self._threads[lane]) - 1
+        count = max(1, self.torch_threads // (len(self._threads[lane]) if shared else 1))
         self._tasks[lane] += 1
         for one in passes:
             one.running = True
-        self._threads[lane].submit(self._long, asyncio.get_running_loop(), lane, point, passes)
+        thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
 
     def _loop_rows(self, picked: Run) -> int:
         """Rows of decoded tokens that are computed on the loop now."""
@@ -174,27 +184,41 @@ class Engine:
             self.waker.expect()
         self._wake(lane)
 
-    def _long(self, loop: asyncio.AbstractEventLoop, lane: Lane, point: Point, passes: list[Pass]) -> None:
-        """On the lane's thread: a unit, and then what needs no answer, while the replies are sent."""
+    def _long(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        thread: LaneThread,
+        count: int,
+        lane: Lane,
+        point: Point,
+        passes: list[Pass],
+    ) -> None:
+        """On one of the lane's threads: a unit, and then what needs no answer, while the replies are sent."""
         began, codec_s = time.thread_time(), CODEC.seconds
         done, seconds = self._compute(point, passes, goes_on=True)
-        loop.call_soon_threadsafe(self._done, lane, point, passes, done, seconds)
+        loop.call_soon_threadsafe(self._done, thread, lane, point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
-            use_threads(1 if lane is Lane.DECODE else self.torch_threads)
+            use_threads(1 if lane is Lane.DECODE else count)
             self._run_ahead(lane, done.ahead)
-            use_threads(self.torch_threads)
         self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)
-        loop.call_soon_threadsafe(self._free, lane)
+        loop.call_soon_threadsafe(self._rest, thread, lane)
 
-    def _done(self, lane: Lane, point: Point, passes: list[Pass], done: Done | Exception, seconds: list[float]) -> None:
-        """The thread has computed a unit: it gets the next one before the replies of this one are sent."""
-        self._computing[lane] = False
+    def _done(
+        self,
+        thread: LaneThread,
+        lane: Lane,
+        point: Point,
+        passes: list[Pass],
+        done: Done | Exception,
+        seconds: list[float],
+    ) -> None:
+        """A thread has computed a unit: it gets the next one before the replies of this one are sent."""
+        self._free[lane].append(thread)
         self._finish(point, passes, done, seconds, lambda: self._turn(lane))
 
-    def _free(self, lane: Lane) -> None:
+    def _rest(self, thread: LaneThread, lane: Lane) -> None:
         self._tasks[lane] -= 1
-        if not self._tasks[lane]:
-            self._threads[lane].rest()
+        thread.done()
         self._wake(lane)
 
     # -- units ---------------------------------------------------------------------------------------------------------

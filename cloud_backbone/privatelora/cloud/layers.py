@@ -123,11 +123,12 @@ class LayerRunner:
     @torch.inference_mode()
     def ahead(self, batch: Batch) -> None:
         """Compute what the answers that are due to `batch` do not change; else the unit that takes them does."""
-        tensors, weights = batch.tensors, self.layers[batch.layer]
-        if "dqkv" in tensors and "dx" not in tensors:
-            tensors["dx"] = weights.qkv.back(tensors["dqkv"])  # (n, d)
-        elif "x" in tensors and "qkv" not in tensors:
-            tensors["qkv"] = project(weights, tensors["x"])  # (n, q+k+v)
+        with batch.lock:
+            tensors, weights = batch.tensors, self.layers[batch.layer]
+            if "dqkv" in tensors and "dx" not in tensors:
+                tensors["dx"] = weights.qkv.back(tensors["dqkv"])  # (n, d)
+            elif "x" in tensors and "qkv" not in tensors:
+                tensors["qkv"] = project(weights, tensors["x"])  # (n, q+k+v)
 
     # -- forward -------------------------------------------------------------------------------------------------------
 

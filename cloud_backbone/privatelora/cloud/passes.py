@@ -12,6 +12,7 @@ when, and afterwards each pass still knows which rows of which batch are its own
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -214,11 +215,13 @@ class Batch:
 
     alike : whether all members have the same placement, A and B and element type, so that what is done for one of them
         is done for all.
+    lock : held while something is computed ahead, as the answers may come to another thread meanwhile.
     """
 
     def __init__(self, members: Sequence[Pass], ragged: Ragged, tensors: dict[str, Tensor]) -> None:
         self.members, self.ragged, self.tensors = list(members), ragged, tensors
         self.layer = -1
+        self.lock = threading.Lock()
         at = 0
         for member in self.members:
             member.batch, member.span = self, slice(at, at + member.n)

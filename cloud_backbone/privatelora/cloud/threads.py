@@ -1,4 +1,4 @@
-"""Threads that compute, each with as many torch threads as it was given, for as long as it has something to do.
+"""Threads that compute, each for as long as it has something to do.
 
 libgomp, which torch's CPU build runs on, counts the threads of all of a process's teams; while there are more than
 cores, the idle ones of every team sleep at once instead of looking for work for a moment, and an operator of a layer
@@ -12,7 +12,6 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -34,30 +33,38 @@ def use_threads(count: int) -> None:
 class LaneThread:
     """One thread, which comes and goes; every method is called on the event loop."""
 
-    def __init__(self, name: str, torch_threads: int) -> None:
-        self.name, self.torch_threads = name, torch_threads
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._executor: ThreadPoolExecutor | None = None
         self._tasks = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have it call the function once it has done what it was given before."""
+    def submit(self, torch_threads: int, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """Have it call the function with so many torch threads, once it has done what it was given before."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._executor is None:
-            start = partial(use_threads, self.torch_threads)
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix=self.name, initializer=start)
-        return self._executor.submit(function, *arguments)
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        self._tasks += 1
+        return self._executor.submit(_with_threads, torch_threads, function, *arguments)
 
-    def rest(self) -> None:
-        """There is nothing to do now."""
-        if self._timer is None and self._executor is not None:
+    def done(self) -> None:
+        """One of the functions has returned."""
+        self._tasks -= 1
+        if not self._tasks:
             self._timer = asyncio.get_running_loop().call_later(IDLE_S, self.close, False)
 
     def close(self, wait: bool = True) -> None:
         """End it, once it has done what it does."""
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.shutdown(wait=wait, cancel_futures=True)
+
+
+def _with_threads(torch_threads: int, function: Callable[..., T], *arguments: object) -> T:
+    use_threads(torch_threads)
+    return function(*arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ from tests.support.fleet import DEPTH, Fleet
 
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.layers import LayerRunner
-from privatelora.cloud.passes import Account, Pass, Point, Stage, Way
+from privatelora.cloud.passes import Account, Batch, Pass, Point, Stage, Way
 from privatelora.cloud.payloads import exchanges
 from privatelora.protocol.adapter import AdapterSpec
 from privatelora.protocol.codec import WireDtype
@@ -41,13 +43,24 @@ class Devices:
             self.random[one] = np.random.default_rng(seed)
             self._answer(one, (TOKENS, HIDDEN))
 
-    def train(self, turn: bool) -> list[bytes]:
-        """Everything that each device was told, forth and back; with `turn` its neighbours answer in turns."""
+    def train(self, turn: bool = False, apart: bool = False) -> list[bytes]:
+        """Everything that each device was told, forth and back.
+
+        turn : its neighbours answer in turns; apart : every other unit is computed by a thread for each pass, all at
+        once and while what needs no answer is still computed for the batch that they were in before.
+        """
         told = dict.fromkeys(self.random, b"")
         point, passes = Point(Way.TRAIN, Stage.ENTER, 0), list(self.random)
-        while True:
-            replies = self.runner.run(point, passes).replies
-            answers = [exchange for reply in replies for exchange in exchanges(reply)]
+        ahead: list[Batch] = []
+        for unit in itertools.count():
+            parts = [[one] for one in passes] if apart and unit % 2 else [passes]
+            with ThreadPoolExecutor(len(passes) + 1) as threads:
+                before = [threads.submit(self.runner.ahead, batch) for batch in ahead]
+                done = list(threads.map(lambda part, at=point: self.runner.run(at, part), parts))
+                for one_ahead in before:
+                    one_ahead.result()
+            ahead = [one.ahead for one in done if one.ahead is not None]
+            answers = [exchange for one in done for reply in one.replies for exchange in exchanges(reply)]
             assert len(answers) == len(passes)
             for one, _, data, _, _ in answers:
                 told[one] += bytes(data)
@@ -58,16 +71,18 @@ class Devices:
                 self._answer(one, due.shape)
                 point = due.point
             passes = passes[1:] + passes[:1] if turn else passes
+        raise AssertionError
 
     def _answer(self, one: Pass, shape: tuple[int, ...]) -> None:
         one.answer_shape = shape
         one.answer = (0.1 * self.random[one].standard_normal(shape)).astype(np.float32).tobytes()
 
 
-def test_answers_in_another_order_belong_to_their_own_rows(backbone: Backbone) -> None:
+@pytest.mark.parametrize("how", ["turn", "apart"])
+def test_answers_in_another_order_belong_to_their_own_rows(backbone: Backbone, how: str) -> None:
     seeds = [1, 2, 3]
-    alone = [Devices(backbone, [seed]).train(turn=False)[0] for seed in seeds]
-    together = Devices(backbone, seeds).train(turn=True)
+    alone = [Devices(backbone, [seed]).train()[0] for seed in seeds]
+    together = Devices(backbone, seeds).train(**{how: True})
     for mine, own in zip(together, alone, strict=True):
         found, due = np.frombuffer(mine, np.float32), np.frombuffer(own, np.float32)
         assert np.linalg.norm(found - due) < 1e-5 * np.linalg.norm(due)

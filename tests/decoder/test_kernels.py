@@ -160,6 +160,28 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n", [16, 17, 50])
+def test_what_threads_share_is_what_one_does_alone(n: int, dtype: torch.dtype) -> None:
+    alone, shared = (case(dtype, positions=tuple(range(n))) for _ in range(2))
+    qkv, v, b = torch.randn(n, 960).to(dtype), torch.randn(n, 3, 64).to(dtype), pack_b(torch.randn(960, 64).to(dtype))
+    deltas = [qkv.clone(), qkv.clone()]
+    before = torch.get_num_threads()
+    rows = []
+    try:
+        for threads, given, delta in zip((1, 3), (alone, shared), deltas, strict=True):
+            torch.set_num_threads(threads)
+            rows.append(given.run())
+            add_delta(delta, v, b, 576, 192)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*rows)
+    assert torch.equal(alone.pool, shared.pool)
+    assert torch.equal(*deltas)
+    assert not torch.equal(deltas[0], qkv)
+
+
+@compiled
 def test_what_lies_unused_in_the_pool_is_not_read() -> None:
     """Tokens after the new one or before the window may hold anything, blocks before the window may be given away."""
     clean = case(window=20)

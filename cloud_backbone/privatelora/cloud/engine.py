@@ -6,9 +6,6 @@ Each of the scheduler's lanes has a thread, so that sockets are served while mat
 interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Decoded tokens are
 computed on the loop itself where they are few, or where nobody else is there to be served. All bookkeeping is done on
 the loop.
-
-`Waker` is for the moments between two units: an event loop that went to sleep needs longer to wake than a device on the
-same machine or network needs to answer.
 """
 
 from __future__ import annotations
@@ -31,17 +28,17 @@ from privatelora.cloud.passes import Batch, Due, Pass, Point, Reply, Way
 from privatelora.cloud.payloads import CODEC, BadAnswers, exchanges, headers_of
 from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
 from privatelora.cloud.sockets import Sockets, Volley
-from privatelora.cloud.threads import LaneThread, use_threads
+from privatelora.cloud.threads import LaneThread, Waker, use_threads
 from privatelora.protocol.errors import PrivateLoraError
 
 SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
 switches are worth."""
 
-ALONE_ROWS = 128
+ALONE_ROWS = 64
 """And up to so many where nobody else is there: the loop has nothing to do before their devices answer, and what was
 handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of 108,
-together with `threads.py`. With other sessions in two cohorts or more, the thread's beside the sockets is better."""
+together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same."""
 
 UNIT_S = 3e-4  # that a batch of decoded tokens takes besides its layer: its replies, its answers, and the next choice
 
@@ -164,14 +161,14 @@ class Engine:
 
     def _short(self, lane: Lane, point: Point, passes: list[Pass], many: bool) -> None:
         """On the loop: a unit; of many passes also what needs no answer, since their answers take longer than that."""
-        codec_s = CODEC.seconds
+        began, codec_s = time.process_time(), CODEC.seconds
         if many:
             use_threads(self.torch_threads)
         done, seconds = self._compute(point, passes)
         if many:
             use_threads(1)
+        used_s = time.process_time() - began if many else sum(seconds)  # of torch's other threads too: no lane has work
         self._finish(point, passes, done, seconds)
-        used_s = sum(seconds)
         if isinstance(done, Done) and done.ahead is not None:
             if many:
                 started = time.perf_counter()
@@ -197,10 +194,13 @@ class Engine:
         began, codec_s = time.thread_time(), CODEC.seconds
         done, seconds = self._compute(point, passes, goes_on=True)
         loop.call_soon_threadsafe(self._done, thread, lane, point, passes, done, seconds)
+        used_s = (time.thread_time() - began) * count  # torch's other threads have as much to do
         if isinstance(done, Done) and done.ahead is not None:
-            use_threads(1 if lane is Lane.DECODE else count)
+            began, count = time.thread_time(), 1 if lane is Lane.DECODE else count
+            use_threads(count)
             self._run_ahead(lane, done.ahead)
-        self._count(lane, time.thread_time() - began, CODEC.seconds - codec_s)
+            used_s += (time.thread_time() - began) * count
+        self._count(lane, used_s, CODEC.seconds - codec_s)
         loop.call_soon_threadsafe(self._rest, thread, lane)
 
     def _done(
@@ -381,29 +381,3 @@ def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextMan
         lane: partial(torch.cuda.stream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]  # torch leaves it bare
         for lane, priority in priorities.items()
     }
-
-
-class Waker:
-    """Keeps the event loop from going to sleep while an answer is expected at any moment.
-
-    Parameters
-    ----------
-    window_s : for how long to go without sleep after `expect`; 0 never does. Sessions share one window.
-    busy : whether the cores have other work; then the loop sleeps.
-    """
-
-    def __init__(self, window_s: float, busy: Callable[[], bool] = lambda: False) -> None:
-        self.window_s, self._busy = window_s, busy
-        self._until = 0.0
-        self._turning = False
-
-    def expect(self) -> None:
-        """An answer is due that should come within the window."""
-        self._until = time.perf_counter() + self.window_s
-        if not self._turning:
-            self._turn()
-
-    def _turn(self) -> None:
-        self._turning = time.perf_counter() < self._until and not self._busy()
-        if self._turning:  # a callback that is due at once lets the loop look at its sockets, but not wait for them
-            asyncio.get_running_loop().call_soon(self._turn)

@@ -1,15 +1,19 @@
-"""Threads that compute, each for as long as it has something to do.
+"""Threads that compute, each for as long as it has something to do, and an event loop that stays awake between them.
 
 libgomp, which torch's CPU build runs on, counts the threads of all of a process's teams; while there are more than
 cores, the idle ones of every team sleep at once instead of looking for work for a moment, and an operator of a layer
 that has to wake one takes twice as long. So a thread that has had nothing to do for `IDLE_S` ends, and its team with
 it; the next unit of work starts another within 0.1 ms.
+
+`Waker` is for the moments between two units: an event loop that went to sleep needs longer to wake than a device on the
+same machine or network needs to answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -68,3 +72,29 @@ class LaneThread:
 def _with_threads(torch_threads: int, function: Callable[..., T], *arguments: object) -> T:
     use_threads(torch_threads)
     return function(*arguments)
+
+
+class Waker:
+    """Keeps the event loop from going to sleep while an answer is expected at any moment.
+
+    Parameters
+    ----------
+    window_s : for how long to go without sleep after `expect`; 0 never does. Sessions share one window.
+    busy : whether the cores have other work; then the loop sleeps.
+    """
+
+    def __init__(self, window_s: float, busy: Callable[[], bool] = lambda: False) -> None:
+        self.window_s, self._busy = window_s, busy
+        self._until = 0.0
+        self._turning = False
+
+    def expect(self) -> None:
+        """An answer is due that should come within the window."""
+        self._until = time.perf_counter() + self.window_s
+        if not self._turning:
+            self._turn()
+
+    def _turn(self) -> None:
+        self._turning = time.perf_counter() < self._until and not self._busy()
+        if self._turning:  # a callback that is due at once lets the loop look at its sockets, but not wait for them
+            asyncio.get_running_loop().call_soon(self._turn)

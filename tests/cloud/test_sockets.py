@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import socket
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.cloud.conftest import Serving
+from tests.support.fleet import DEPTH
 from tests.support.player import Player, answer_to
 from tests.support.service import ServiceProcess
+from tests.support.wire import RANK
 from websockets.frames import Frame as WebSocketFrame
 from websockets.frames import Opcode
 
@@ -409,6 +412,21 @@ def test_answers_that_come_in_pieces_among_others_are_theirs(running: ServicePro
         assert len(mine) == len(own) == 1 + TOKENS
         for found, due in zip(mine, own, strict=True):
             assert np.linalg.norm(found - due) < 1e-5 * np.linalg.norm(due)
+
+
+@pytest.mark.parametrize("kind", [Player, Slicing])
+def test_every_payload_is_charged_once_whatever_way_it_came(serving: Serving, kind: type[Player]) -> None:
+    with serving() as running, ExitStack() as stack:
+        players = [stack.enter_context(kind(running.url, running.token)) for _ in range(SESSIONS)]
+        for player in players:
+            player.enter()
+        decoded_together(running, players)
+        running.stop()  # which says what was charged
+        charged = json.loads(running.log.read_text().splitlines()[-1])["spent"]
+    layers, d, float_bytes = DEPTH, 64, 4
+    u, v = RANK * float_bytes, 3 * RANK * float_bytes
+    rows = [5 + number + TOKENS for number in range(SESSIONS)]
+    assert list(charged.values()) == [[sum(rows) * (d * float_bytes + layers * way) for way in (v, u)]]
 
 
 def all_told(running: ServiceProcess, stack: ExitStack) -> tuple[list[Player], list[Frame]]:

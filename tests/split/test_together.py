@@ -7,13 +7,16 @@ together is read from the service's own metrics; without it these tests would pr
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tests.split.common import (
     E1,
@@ -35,7 +38,7 @@ from tests.split.common import (
 from tests.support.fleet import SMOLLM2, Fleet
 from tests.support.metrics import Numbers, numbers
 from tests.support.reference import difference
-from tests.support.service import ServiceProcess
+from tests.support.service import ServiceProcess, service
 
 from privatelora.device import DeviceSession
 from privatelora.device.batch import Batch
@@ -156,8 +159,15 @@ def compared(
     return worst, counted
 
 
-def test_sixteen_sessions_of_every_kind_compute_what_each_computes_alone(fleet: Fleet) -> None:
-    worst, counted = compared(fleet, fleet.service("llama"), SESSIONS, rounds=2)
+@pytest.mark.parametrize("threads", [1, 2])  # with 2, whole sequences of two batches are computed at one time
+def test_sixteen_sessions_of_every_kind_compute_what_each_computes_alone(
+    fleet: Fleet, tmp_path: Path, threads: int
+) -> None:
+    fleet.service("llama")  # has published the model and its sets
+    data_dir = tmp_path / "data"
+    shutil.copytree(fleet.data_dir("llama"), data_dir)
+    with service(fleet.source("llama"), data_dir, "--torch-threads", str(threads)) as running:
+        worst, counted = compared(fleet, running, SESSIONS, rounds=2)
     for phase in ("decode", "score", "train", "backward"):
         assert counted.mean("batch_passes", phase) > 1.05, phase
     for settings, (hidden, gradients) in zip(SESSIONS, worst, strict=True):

@@ -2,8 +2,9 @@
 
     python -m tests.support.plane --model DIR --data-dir DIR --tokens '{"alice": "..."}' --settings '{"max_streams": 2}'
 
-Prints one JSON line with its URL once it serves, as the real command does; everything below that is the service's own
-code. `tests/support/service.py` starts it.
+Prints one JSON line with its URL once it serves, as the real command does, and at its end logs a last one with the
+bytes that each user was charged for; everything below that is the service's own code. `tests/support/service.py` starts
+it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,28 @@ import argparse
 import asyncio
 import json
 import socket
+import sys
 from pathlib import Path
 
 import torch
 
-from privatelora.cloud.admission import TokenAdmission
+from privatelora.cloud.admission import Principal, TokenAdmission
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.endpoint import server
 from privatelora.cloud.plane import DataPlane, DataPlaneSettings
 from privatelora.platform.logs import configure_logging
+
+
+class Counting:
+    """A quota that nobody exceeds."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, list[int]] = {}
+
+    def spend(self, principal: Principal, bytes_up: int, bytes_down: int) -> None:
+        of_user = self.spent.setdefault(principal.user, [0, 0])
+        of_user[0] += bytes_up
+        of_user[1] += bytes_down
 
 
 def main() -> None:
@@ -36,9 +50,11 @@ def main() -> None:
 
     backbone = Backbone.load(given.model, given.data_dir, getattr(torch, given.dtype))
     users = {token: user for user, token in given.tokens.items()}
-    data_plane = DataPlane(backbone, TokenAdmission(users), DataPlaneSettings(**given.settings))
+    quota = Counting()
+    data_plane = DataPlane(backbone, TokenAdmission(users), DataPlaneSettings(**given.settings), quota=quota)
     listener = socket.create_server(("127.0.0.1", given.port))
     asyncio.run(_serve(data_plane, listener))
+    print(json.dumps({"spent": quota.spent}), file=sys.stderr, flush=True)
 
 
 async def _serve(data_plane: DataPlane, listener: socket.socket) -> None:

@@ -200,8 +200,7 @@ class Engine:
             use_threads(count)
             self._run_ahead(lane, done.ahead)
             used_s += (time.thread_time() - began) * count
-        self._count(lane, used_s, CODEC.seconds - codec_s)
-        loop.call_soon_threadsafe(self._rest, thread, lane)
+        loop.call_soon_threadsafe(self._rest, thread, lane, used_s, CODEC.seconds - codec_s)
 
     def _done(
         self,
@@ -216,7 +215,8 @@ class Engine:
         self._free[lane].append(thread)
         self._finish(point, passes, done, seconds, lambda: self._turn(lane))
 
-    def _rest(self, thread: LaneThread, lane: Lane) -> None:
+    def _rest(self, thread: LaneThread, lane: Lane, used_s: float, codec_s: float) -> None:
+        self._count(lane, used_s, codec_s)
         self._tasks[lane] -= 1
         thread.done()
         self._wake(lane)

@@ -52,10 +52,11 @@ def _by_way(bounds: Sequence[float]) -> dict[Way, Histogram]:
 
 @dataclass
 class CpuSeconds:
-    """Of a lane's thread: in the layers, and in the codec that brings tensors to and from bytes.
+    """Of a lane: in the layers, and in the codec that brings tensors to and from bytes.
 
-    Only the lane's own thread adds to it, or the loop where that computes; torch's other threads are not in it. What is
-    on the loop, and the codec, is by the clock, which is cheaper to ask.
+    torch's other threads are in it: where the loop computes with several of them, by what the process took meanwhile;
+    where a thread does, as if each took what that thread did. A few rows on the loop, and the codec, are by the clock,
+    which is cheaper to ask.
     """
 
     layers: float = 0.0

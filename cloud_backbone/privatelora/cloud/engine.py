@@ -40,6 +40,8 @@ ALONE_ROWS = 64
 handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of 108,
 together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same."""
 
+LOOP_S = 0.02  # of a layer, above which it is computed on a thread in any case: nobody is served meanwhile
+
 UNIT_S = 3e-4  # that a batch of decoded tokens takes besides its layer: its replies, its answers, and the next choice
 
 LONG_THREADS = 2
@@ -137,7 +139,7 @@ class Engine:
         point = picked.point
         passes: list[Pass] = picked.passes  # type: ignore[assignment]  # the works that we gave it
         rows = sum(one.n for one in passes)
-        if lane is Lane.DECODE and rows <= self._loop_rows(picked):
+        if lane is Lane.DECODE and self._on_loop(picked, rows):
             self._short(lane, point, passes, rows > SHORT_ROWS)
             return
         self._called.discard(lane)
@@ -152,12 +154,12 @@ class Engine:
             one.running = True
         thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
 
-    def _loop_rows(self, picked: Run) -> int:
-        """Rows of decoded tokens that are computed on the loop now."""
-        if self._tasks[Lane.DECODE]:
-            return 0
+    def _on_loop(self, picked: Run, rows: int) -> bool:
+        """Whether a batch of decoded tokens is computed on the loop now."""
+        if self._tasks[Lane.DECODE] or self.scheduler.costs[Lane.DECODE].seconds(rows) > LOOP_S:
+            return False
         alone = picked.alone and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
-        return ALONE_ROWS if alone else SHORT_ROWS
+        return rows <= (ALONE_ROWS if alone else SHORT_ROWS)
 
     def _short(self, lane: Lane, point: Point, passes: list[Pass], many: bool) -> None:
         """On the loop: a unit; of many passes also what needs no answer, since their answers take longer than that."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ from privatelora.protocol.frames import Frame, Kind
 from privatelora.protocol.messages import ErrorInfo, Queued, parse
 
 RECEIVE_BYTES = 1 << 18
+LAST_WORDS_S = 1.0  # that a service whose connection is closed gets for what it said before
 
 OnWait = Callable[[int, int], None]
 """place (1 is next) and how many wait, whenever the service says that there is no room yet"""
@@ -95,13 +97,17 @@ class Connection:
             raise
 
     def send(self, frame: Frame) -> None:
-        """Send one frame; raises `ConnectionLostError`."""
+        """Send one frame; raises `ConnectionLostError`, or what the service said before it closed the connection."""
         data = frame.pack()
         try:
-            self._protocol.send_binary(data)
-        except InvalidState:
-            raise ConnectionLostError("the service closed the connection") from None
-        self._flush()
+            try:
+                self._protocol.send_binary(data)
+            except InvalidState:
+                raise ConnectionLostError("the service closed the connection") from None
+            self._flush()
+        except ConnectionLostError:
+            self._heed()
+            raise
         self.count.payload_up += frame.payload_bytes
         self.count.overhead_up += len(data) - frame.payload_bytes
 
@@ -152,8 +158,19 @@ class Connection:
         if error is not None:
             raise ProtocolError(f"the other end does not speak this protocol ({error}); is the URL right?")
 
-    def _pump(self) -> None:
-        """Read what the socket has and turn it into messages."""
+    def _heed(self) -> None:
+        """Nothing can be sent any more: raise the ERROR that the service sent before, if there is one."""
+        with suppress(ConnectionLostError, OSError):
+            self._socket.settimeout(LAST_WORDS_S)
+            while self._pump():
+                pass
+        for data in self._messages:
+            frame = Frame.unpack(data)
+            if frame.kind is Kind.ERROR:
+                raise parse(frame.payload, ErrorInfo).to_error() from None
+
+    def _pump(self) -> bool:
+        """Read what the socket has and turn it into messages; returns whether more may come."""
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except TimeoutError:
@@ -169,9 +186,14 @@ class Connection:
         for event in self._protocol.events_received():
             if isinstance(event, WsFrame):
                 self._take(event)
-        self._flush()  # answers to pings and closes
+        try:
+            self._flush()  # answers to pings and closes
+        except ConnectionLostError:
+            if not self._messages:  # among which may be why
+                raise
         if not data and self._protocol.handshake_exc is None and not self._messages:
             raise ConnectionLostError("the service closed the connection")
+        return bool(data)
 
     def _take(self, event: WsFrame) -> None:
         if event.opcode in (Opcode.BINARY, Opcode.CONT):

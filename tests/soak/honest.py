@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -266,9 +266,7 @@ def _watched(found: Findings) -> type[Connection]:
         def send(self, frame: Frame) -> None:
             try:
                 super().send(frame)
-            except ConnectionLostError as error:
-                if not self.ours:
-                    self._hear_last_words()
+            except PrivateLoraError as error:
                 self._note(error)
                 raise
 
@@ -293,14 +291,6 @@ def _watched(found: Findings) -> type[Connection]:
             if frame.kind is Kind.ERROR:
                 self.told = parse(frame.payload, ErrorInfo)
             return frame
-
-        def _hear_last_words(self) -> None:
-            """What the service said before it closed the connection, if that is how it ended."""
-            with suppress(PrivateLoraError):
-                while self.told is None:
-                    self._pump()  # fails where the close cannot be answered any more, after it has read
-            while self._messages and self.told is None:
-                self._next()
 
         def _note(self, error: PrivateLoraError) -> None:
             if self.ours:

@@ -164,9 +164,8 @@ class Connection:
             self._socket.settimeout(LAST_WORDS_S)
             while self._pump():
                 pass
-        for data in self._messages:
-            frame = Frame.unpack(data)
-            if frame.kind is Kind.ERROR:
+        while self._messages:
+            if (frame := self._next()).kind is Kind.ERROR:
                 raise parse(frame.payload, ErrorInfo).to_error() from None
 
     def _pump(self) -> bool:

@@ -109,8 +109,9 @@ class LayerRunner:
                 (group, read_answers(group.passes, group.wire, self.dtype, self.device))
                 for group in groups(batch, batch.members, point.layer)
             ]
-            self.ahead(batch)
-            (self._forward if point.stage is Stage.RESUME else self._backward)(batch, point, answers, done)
+            with batch.lock:
+                self.ahead(batch)
+                (self._forward if point.stage is Stage.RESUME else self._backward)(batch, point, answers, done)
         return done
 
     def _entered(self, batch: Batch) -> Tensor:

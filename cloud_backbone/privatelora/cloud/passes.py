@@ -215,13 +215,14 @@ class Batch:
 
     alike : whether all members have the same placement, A and B and element type, so that what is done for one of them
         is done for all.
-    lock : held while something is computed ahead, as the answers may come to another thread meanwhile.
+    lock : held by the unit that changes layer and tensors and by what is computed ahead, which comes late where the
+        answers have come to another thread: it sees one layer's state or the next one's, never a part of both.
     """
 
     def __init__(self, members: Sequence[Pass], ragged: Ragged, tensors: dict[str, Tensor]) -> None:
         self.members, self.ragged, self.tensors = list(members), ragged, tensors
         self.layer = -1
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         at = 0
         for member in self.members:
             member.batch, member.span = self, slice(at, at + member.n)

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <time.h>
 
 enum { BINARY = 0x82, MASKED = 0x80, TWO_BYTES = 126, HEAD = 4, KEY = 4, HEADER = 48, MOST_RANK = 1024, MOST_EVENTS = 256 };
 enum { OTHER = 0, BYTES = 1, DONE = 2, REST = 3 };
@@ -54,17 +55,26 @@ static void multiply(const uint8_t *u, const float *m, int down, int up, uint16_
     }
 }
 
-/* Serves the sockets that are readable until something is to be handed on, or nothing came for `timeout_ms`. */
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
+
+/* Serves the sockets that are readable until something is to be handed on; 0 when nothing came for `silence_ns`, or the
+ * time is `until_ns`, however much comes meanwhile; else a negative errno. */
 int serve(int epoll, Device *const *devices, int files, int down, int up, uint64_t *random, Event *events,
-          uint8_t *space, int64_t chunk, int timeout_ms) {
+          uint8_t *space, int64_t chunk, int64_t silence_ns, int64_t until_ns) {
     struct epoll_event ready[MOST_EVENTS];
     uint8_t message[HEAD + KEY + HEADER + 2 * 3 * MOST_RANK];
     const int64_t u_bytes = 2 * down, v_bytes = 2 * up;
     int count = 0;
     while (!count) {
-        int some = epoll_wait(epoll, ready, MOST_EVENTS, timeout_ms);
-        if (some <= 0)
-            return some < 0 && errno == EINTR ? 0 : some;
+        int64_t left = until_ns - now_ns(), wait = left < silence_ns ? left : silence_ns;
+        if (left <= 0) return 0;
+        int some = epoll_wait(epoll, ready, MOST_EVENTS, (int)((wait + 999999) / 1000000));
+        if (some < 0) return -errno;
+        if (!some && wait < left) return 0; /* else the time has come, which the clock says next */
         for (int i = 0; i < some; i++) {
             int file = ready[i].data.fd;
             Device *one = file < files ? devices[file] : NULL;
@@ -95,7 +105,7 @@ int serve(int epoll, Device *const *devices, int files, int down, int up, uint64
             message[0] = BINARY, message[1] = MASKED | TWO_BYTES;
             message[2] = (uint8_t)(length >> 8), message[3] = (uint8_t)length;
             memcpy(message + HEAD, &key, KEY);
-            for (int64_t j = 0; j < length; j += KEY) { /* of whole keys, as ranks are multiples of 4 */
+            for (int64_t j = 0; j < length; j += KEY) { /* of whole keys: `Devices.takes` */
                 uint32_t four;
                 memcpy(&four, plain + j, KEY);
                 four ^= key;

@@ -13,6 +13,7 @@ service. Whatever is not exactly one due frame, such as a prefill, a part of a m
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import os
 import select
@@ -48,6 +49,7 @@ CHUNK_BYTES = 1 << 16  # that are read of a socket at once
 OTHER, BYTES, DONE, REST = range(4)
 SHORT_HEAD = 4  # bytes before the payload of a server's WebSocket message of 126 to 65,535 bytes
 MOST_COLUMNS = 3 * 1024  # of an M that the compiled code takes
+NEVER_NS = 1 << 62  # of the monotonic clock
 
 SEQUENCE = 1  # number of a device's only sequence
 STEP_AT, START_AT = 16, HEADER.size + 4  # where a frame holds its step, and the start of its first span
@@ -124,6 +126,7 @@ class Devices:
         self.masks = Masks()
         self.epoll = select.epoll()
         self._library = _library()
+        self.compiled = self._library is not None
         self._ranks = spec.rank_down, 3 * spec.rank_up
         self._by_file: dict[int, LightDevice] = {}
         self._states = (ctypes.c_void_p * 0)()  # by file
@@ -145,14 +148,15 @@ class Devices:
         down, up = self._ranks
         lengths = [HEADER.size + size for size in (script.u_bytes, script.v_bytes, script.h_bytes)]
         fits = min(lengths) >= 126 and max(lengths) + SHORT_HEAD < CHUNK_BYTES and up <= MOST_COLUMNS
-        return self._library is not None and fits and down % 4 == 0 and up % 2 == 0
+        return self.compiled and fits and down % 4 == 0 and up % 2 == 0
 
-    def serve(self, timeout_s: float) -> list[int]:
+    def serve(self, silence_s: float, until: float | None = None) -> list[int]:
         """Serve the sockets until something is to be seen to, and see to it; returns the files that came.
 
-        Those that are no device's are for the caller.
+        Those that are no device's are for the caller. None came if nothing did for `silence_s`, or once the monotonic
+        clock says `until`, however many exchanges are answered meanwhile.
         """
-        events = self._wait(max(0, round(1e3 * timeout_s)))
+        events = self._wait(silence_s, until)
         for file, what, at, length in events:
             device = self._by_file.get(file)
             if device is None:
@@ -167,15 +171,21 @@ class Devices:
                 device.on_event()
         return [file for file, *_ in events]
 
-    def _wait(self, timeout_ms: int) -> list[tuple[int, int, int, int]]:
+    def _wait(self, silence_s: float, until: float | None) -> list[tuple[int, int, int, int]]:
         """(file, what, at, length), as `Event` of light_device.c."""
         if self._library is None:
-            return [(file, OTHER, 0, 0) for file, _ in self.epoll.poll(timeout_ms / 1e3)]
-        count = self._library.serve(
-            self.epoll.fileno(), self._states, len(self._states), *self._ranks, ctypes.byref(self._random),
-            self._events.buffer_info()[0], self._at, CHUNK_BYTES, timeout_ms,
-        )  # fmt: skip
-        numbers = iter(self._events[: 4 * max(0, count)])
+            left = silence_s if until is None else min(silence_s, until - time.monotonic())
+            return [(file, OTHER, 0, 0) for file, _ in self.epoll.poll(max(0.0, left))]
+        count = -errno.EINTR
+        while count == -errno.EINTR:  # a signal: its handler has its turn between two calls
+            count = self._library.serve(
+                self.epoll.fileno(), self._states, len(self._states), *self._ranks, ctypes.byref(self._random),
+                self._events.buffer_info()[0], self._at, CHUNK_BYTES, int(1e9 * silence_s),
+                NEVER_NS if until is None else int(1e9 * until),
+            )  # fmt: skip
+        if count < 0:
+            raise OSError(-count, os.strerror(-count))
+        numbers = iter(self._events[: 4 * count])
         return list(zip(numbers, numbers, numbers, numbers, strict=True))
 
 
@@ -211,10 +221,10 @@ class LightDevice:
         self.script = Script(self.load.info, self.load.placement, self.load.spec, self.session, self.prompt)
         self._begin(self.prompt)
 
-    def decode(self) -> None:
-        """Send the next token."""
+    def decode(self, due: float | None = None) -> None:
+        """Send the next token; `due` is when that should have been, if it has a pace: its time counts from then."""
         self.script = self._one
-        self.begun_at = time.monotonic()
+        self.begun_at = time.monotonic() if due is None else due
         self._begin(1)
 
     def close(self) -> None:
@@ -359,5 +369,5 @@ def _library() -> ctypes.CDLL | None:
         except (OSError, subprocess.SubprocessError):
             return None
     number, pointer = ctypes.c_int, ctypes.c_void_p
-    library.serve.argtypes = (number, *(pointer,), *(number,) * 3, *(pointer,) * 3, ctypes.c_int64, number)
+    library.serve.argtypes = (number, pointer, *(number,) * 3, *(pointer,) * 3, *(ctypes.c_int64,) * 3)
     return library

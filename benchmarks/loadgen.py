@@ -144,7 +144,7 @@ class Load:
     def _run(self) -> None:
         """Serve the sockets until no device is busy."""
         while self._busy:
-            events = self.shared.serve(self._patience())
+            events = self.shared.serve(SILENCE_S, self._waiting[0][0] if self._waiting else None)
             if sys.stdin.fileno() in events:
                 return
             if not events and not self._waiting:
@@ -153,10 +153,8 @@ class Load:
                     f"no device had an answer for {SILENCE_S:g} s; device {late.number} waits for {late.waits_for}"
                 )
             while self._waiting and self._waiting[0][0] <= time.monotonic():
-                self.devices[heapq.heappop(self._waiting)[1]].decode()
-
-    def _patience(self) -> float:
-        return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else SILENCE_S
+                due, number = heapq.heappop(self._waiting)
+                self.devices[number].decode(due)
 
     def _wait(self, until: float, device: LightDevice) -> None:
         heapq.heappush(self._waiting, (until, device.number))
@@ -197,6 +195,7 @@ def report(load: Load, used: tuple[float, float]) -> dict[str, Any]:
     return {
         "placement": load.placement.describe(load.info.model.shape.layers),
         "warmup_tokens": load.warmup,
+        "compiled": load.shared.compiled,
         "devices": [{"prompt_tokens": device.prompt, "times": device.times} for device in load.devices],
         "exchanges": sum(device.exchanges for device in load.devices),
         "bytes_up": sum(device.state.sent for device in load.devices),

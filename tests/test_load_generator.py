@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import socket
 import struct
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,19 +43,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 class Peer:
     """A load of one device, and the service's end of its socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement = PLACEMENT) -> None:
         near, self.socket = socket.socketpair()
         near.setblocking(False)
         self.socket.settimeout(5)
         self.random = np.random.default_rng(3)
         self.embedding = self.random.integers(0, 1 << 14, (VOCABULARY, D)).astype("<u2")
-        m = [self.random.standard_normal((64, 192)).astype(np.float32) for _ in PLACEMENT.inline]
+        m = [self.random.standard_normal((64, 192)).astype(np.float32) for _ in placement.inline]
         self.tokens = self.random.integers(0, VOCABULARY, PROMPT + DECODED)
         self.finished: list[str] = []
         self.shared = Devices(SPEC)
         info = SimpleNamespace(model=SimpleNamespace(shape=ModelShape(D, 4, D, D, D)))
         load: Any = SimpleNamespace(
-            info=info, placement=PLACEMENT, spec=SPEC, shared=self.shared,
+            info=info, placement=placement, spec=SPEC, shared=self.shared,
             embedding=self.embedding, decoded=DECODED, open=lambda: (near, SESSION),
             prefilled=lambda device: self.finished.append("prefill"), next_token=LightDevice.decode,
             done=lambda device: self.finished.append("done"),
@@ -137,3 +139,29 @@ def test_light_device_names_a_closed_connection() -> None:
     peer.socket.shutdown(socket.SHUT_WR)
     with pytest.raises(ConnectionLostError, match="closed"):
         peer.shared.serve(0)
+
+
+def test_a_token_that_is_due_is_not_kept_waiting_by_others_exchanges() -> None:
+    peer = Peer(Placement(inline=tuple(range(200))))
+    peer.device.decode()
+    peer.receive()
+
+    def answer_slowly() -> None:
+        for layer in range(200):
+            frame = Frame(Kind.ENCODED, SESSION, Phase.GENERATE, 1, 0, layer)
+            data = frame.with_array(np.ones((1, 1, 64), "<u2"), WireDtype.BFLOAT16).pack()
+            peer.socket.sendall(struct.pack(">BBH", 0x82, 126, len(data)) + data)
+            peer.receive()
+            time.sleep(1e-3)
+
+    answering = threading.Thread(target=answer_slowly)
+    answering.start()
+    due = time.monotonic() + 0.05
+    while time.monotonic() < due:
+        peer.shared.serve(5.0, due)
+    assert 0 < peer.device.state.stage < 150  # of 200 exchanges, which take 0.2 s and more
+    while peer.device.state.stage < 200:
+        peer.shared.serve(0.01)
+    answering.join()
+    peer.device.decode(due)
+    assert peer.device.begun_at == due

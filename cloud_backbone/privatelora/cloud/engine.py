@@ -2,7 +2,7 @@
 
     session -> Engine.submit -> Scheduler -> LayerRunner -> session.reply
 
-Each of the scheduler's lanes has a thread, so that sockets are served while matrices are multiplied (torch releases the
+Each of the scheduler's lanes has threads, so that sockets are served while matrices are multiplied (torch releases the
 interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Decoded tokens are
 computed on the loop itself where they are few, or where nobody else is there to be served. All bookkeeping is done on
 the loop.
@@ -58,9 +58,10 @@ class Engine:
 
     Parameters
     ----------
-    torch_threads : of each lane's thread; None is torch's choice. Decoded tokens get one on the loop, and for what is
-        computed while answers are on their way: the second needs the core of sockets and devices then. On two cores a
-        token took 28 ms from a service of one thread and 33 from one of two.
+    torch_threads : of a unit, or of two long ones side by side together; None is torch's choice. Up to `SHORT_ROWS`
+        decoded tokens get one, as does what is computed for decoded tokens while answers are on their way: the second
+        needs the core of sockets and devices then. On two cores a token took 28 ms from a service of one thread and 33
+        from one of two.
     busy_poll_s : for how long the loop stays awake for a device that answers within that time.
     sockets : tells devices of a batch what they are told at once; None: every session sends its own.
     """
@@ -88,7 +89,8 @@ class Engine:
         self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner).plus(UNIT_S), Lane.LONG: long})
         self._free = {lane: deque(threads) for lane, threads in self._threads.items()}  # without a unit, longest first
         self._tasks = dict.fromkeys(Lane, 0)  # of the lane's threads: units, and what is computed ahead after each
-        self._called: set[Lane] = set()  # lanes in which something besides the unit that runs is ready
+        self._called: set[Lane] = set()  # lanes in which something is ready, or runs, besides the newest unit
+        self._closed = False
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._ahead: deque[Batch] = deque(maxlen=AHEAD)
@@ -99,7 +101,10 @@ class Engine:
         self._call(lane_of(point.way))
 
     def close(self) -> None:
-        """Wait for the units that are running."""
+        """Begin no more units, and wait for those that are running."""
+        self._closed = True
+        for timer in self._timers.values():
+            timer.cancel()
         for thread in itertools.chain.from_iterable(self._threads.values()):
             thread.close()
 
@@ -118,7 +123,7 @@ class Engine:
 
     def _turn(self, lane: Lane) -> None:
         self._turning.discard(lane)
-        if not self._free[lane]:
+        if self._closed or not self._free[lane]:
             return
         timer = self._timers.pop(lane, None)
         if timer is not None:
@@ -142,12 +147,13 @@ class Engine:
         if lane is Lane.DECODE and self._on_loop(picked, rows):
             self._short(lane, point, passes, rows > SHORT_ROWS)
             return
-        self._called.discard(lane)
         thread, waits = self._free[lane].popleft(), self.scheduler.waiting(lane) > 0
-        if waits:
+        shared = waits or len(self._free[lane]) < len(self._threads[lane]) - 1
+        if shared:  # no unit goes on by itself then, so that each layer gets as many threads as are its part
             self._called.add(lane)
             self._wake(lane)
-        shared = waits or len(self._free[lane]) < len(self._threads[lane]) - 1
+        else:
+            self._called.discard(lane)
         count = max(1, self.torch_threads // (len(self._threads[lane]) if shared else 1))
         self._tasks[lane] += 1
         for one in passes:

@@ -100,11 +100,11 @@ class Connection:
         """Send one frame; raises `ConnectionLostError`, or what the service said before it closed the connection."""
         data = frame.pack()
         try:
-            try:
-                self._protocol.send_binary(data)
-            except InvalidState:
-                raise ConnectionLostError("the service closed the connection") from None
+            self._protocol.send_binary(data)
             self._flush()
+        except InvalidState:
+            self._heed()
+            raise ConnectionLostError("the service closed the connection") from None
         except ConnectionLostError:
             self._heed()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 import threading
 import time
@@ -79,5 +80,28 @@ def test_a_thread_ends_when_it_has_nothing_to_do_and_another_takes_the_next_work
     count = torch.get_num_threads()
     try:
         asyncio.run(work())
+    finally:
+        torch.set_num_threads(count)
+
+
+def test_a_team_ends_when_it_is_told_and_comes_back_with_the_next_work() -> None:
+    count = torch.get_num_threads()
+    product = torch.ones(256, 256)
+
+    def tasks() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    try:
+        torch.set_num_threads(2)
+        product @ product + product
+        with_team = tasks()
+        threads.end_team()
+        deadline = time.monotonic() + 5
+        while len(tasks() & with_team) == len(with_team) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(tasks()) < len(with_team)
+        assert torch.get_num_threads() == 2
+        product @ product + product
+        assert len(tasks() - with_team) >= 1
     finally:
         torch.set_num_threads(count)

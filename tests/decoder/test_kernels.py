@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -182,6 +183,25 @@ def test_what_threads_share_is_what_one_does_alone(n: int, dtype: torch.dtype) -
 
 
 @compiled
+@compiled
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists a process's threads")
+def test_torchs_own_threads_stay_when_fewer_of_them_have_a_part() -> None:
+    given, threads = case(torch.bfloat16, positions=tuple(range(16))), Path("/proc/self/task")
+    qkv, v, b = (torch.randn(shape).bfloat16() for shape in ((16, 960), (16, 3, 64), (960, 64)))
+    large, before = torch.ones(512, 512), torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        large + large  # has torch make its team
+        team = set(threads.iterdir())
+        given.run()  # by two of the five
+        add_delta(qkv, v, pack_b(b), 576, 192)
+        large + large
+        time.sleep(0.05)
+        assert set(threads.iterdir()) == team
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_lies_unused_in_the_pool_is_not_read() -> None:
     """Tokens after the new one or before the window may hold anything, blocks before the window may be given away."""
     clean = case(window=20)

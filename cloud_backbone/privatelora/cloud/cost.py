@@ -1,7 +1,7 @@
 """What a layer costs on this machine, measured once at start: time against rows, and bytes of what training keeps.
 
 The scheduler weighs batches with a `CostModel` a lane; `Memory` counts what `row_bytes` says. Both are made of the very
-code that serves: `LayerRunner`'s layers, with the torch threads of the lane.
+code that serves: `LayerRunner`'s layers, with the torch threads that a batch of so many rows has if it is alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from privatelora.cloud.layers import LayerRunner
+from privatelora.cloud.threads import use_threads
 from privatelora.decoder.backward import finish_keeping
 from privatelora.decoder.kv import KVCache, KVPool, blocks_for
 from privatelora.decoder.layer import finish, normed, project
@@ -56,14 +57,18 @@ class CostModel:
         return table
 
 
-def measure_decoding(runner: LayerRunner) -> CostModel:
-    """Of batches of one new token a sequence, on the calling thread, in a pool of its own; takes about a second."""
+def measure_decoding(runner: LayerRunner, threads: Callable[[int], int]) -> CostModel:
+    """Of batches of one new token a sequence, on the calling thread, in a pool of its own; takes about a second.
+
+    threads : of torch, for a batch of so many rows.
+    """
     config, each = runner.config, blocks_for(CONTEXT + 1)
     layers = range(config.num_layers)
     pool = KVPool(config, layers, DECODE_ROWS[-1] * each, runner.dtype, runner.device)
 
     def batch(rows: int) -> tuple[Ragged, list[KVCache]]:
         caches = [KVCache(pool) for _ in range(rows)]
+        use_threads(threads(rows))
         return Ragged(config, runner.tables, [1] * rows, [CONTEXT] * rows, caches), caches
 
     return _measure(runner, batch, DECODE_ROWS)

@@ -21,26 +21,28 @@ from operator import itemgetter
 
 import torch
 
-from privatelora.cloud.cost import measure_decoding, measure_long
+from privatelora.cloud.cost import CostModel, measure_decoding, measure_long
 from privatelora.cloud.layers import Done, LayerRunner
 from privatelora.cloud.metrics import Counted
-from privatelora.cloud.passes import Batch, Due, Pass, Point, Reply, Way
-from privatelora.cloud.payloads import CODEC, BadAnswers, exchanges, headers_of
+from privatelora.cloud.passes import Batch, Pass, Point, Reply, Way
+from privatelora.cloud.payloads import CODEC, BadAnswers, exchanges
 from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
-from privatelora.cloud.sockets import Sockets, Volley
-from privatelora.cloud.threads import LaneThread, Waker, use_threads
-from privatelora.protocol.errors import PrivateLoraError
+from privatelora.cloud.sockets import Sockets
+from privatelora.cloud.threads import LaneThread, Waker, end_team, use_threads
+from privatelora.cloud.volleys import Volleys
+from privatelora.protocol.errors import PrivateLoraError, ServiceError
 
 SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
 switches are worth."""
 
 ALONE_ROWS = 64
-"""And up to so many where nobody else is there: the loop has nothing to do before their devices answer, and what was
-handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of 108,
+"""And up to so many where nobody else computes: the loop has nothing to do before their devices answer, but for who
+connects or downloads meanwhile and waits a layer; what was handed to a thread and back took longer, as both want the
+interpreter. Of 32 sessions a step took 82 ms instead of 108,
 together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same."""
 
-LOOP_S = 0.02  # of a layer, above which it is computed on a thread in any case: nobody is served meanwhile
+LOOP_S = 0.02  # of a layer, by the cost model or as the newest took: above it a thread computes, since nobody is served
 
 UNIT_S = 3e-4  # that a batch of decoded tokens takes besides its layer: its replies, its answers, and the next choice
 
@@ -48,7 +50,7 @@ LONG_THREADS = 2
 """Batches of whole sequences that are computed side by side, with a part of torch's threads each: nothing of two rows'
 products is shared among them, and no thread waits at the end of each operator for another that has lost its core."""
 
-VOLLEY_PASSES = 4  # from which on messages go out together
+STOPPED = ServiceError("the service has stopped; connect again when it runs")
 
 AHEAD = 16  # batches on the loop for which something may still be computed ahead; those that are older go without
 
@@ -59,9 +61,9 @@ class Engine:
     Parameters
     ----------
     torch_threads : of a unit, or of two long ones side by side together; None is torch's choice. Up to `SHORT_ROWS`
-        decoded tokens get one, as does what is computed for decoded tokens while answers are on their way: the second
-        needs the core of sockets and devices then. On two cores a token took 28 ms from a service of one thread and 33
-        from one of two.
+        decoded tokens get one on the loop, as does what is computed for decoded tokens while answers are on their way:
+        the second needs the core of sockets and devices then. On two cores a token took 28 ms from a service of one
+        thread and 33 from one of two.
     busy_poll_s : for how long the loop stays awake for a device that answers within that time.
     sockets : tells devices of a batch what they are told at once; None: every session sends its own.
     """
@@ -82,18 +84,31 @@ class Engine:
         counts = {Lane.DECODE: 1, Lane.LONG: LONG_THREADS if several else 1}
         self._threads = {lane: [LaneThread(f"{lane}-{at}") for at in range(count)] for lane, count in counts.items()}
         use_threads(1)
+        end_team()  # it read and packed the model
+        self._team = False  # whether the loop has a team
         self._streams = _streams(runner.device)
-        measuring = LaneThread(Lane.LONG)
-        long = measuring.submit(self.torch_threads, measure_long, runner).result()
-        measuring.close()
-        self.scheduler = Scheduler({Lane.DECODE: measure_decoding(runner).plus(UNIT_S), Lane.LONG: long})
+        self.scheduler = Scheduler(self._measured())
+        self._volleys = Volleys(self.scheduler, counted, self._call)
         self._free = {lane: deque(threads) for lane, threads in self._threads.items()}  # without a unit, longest first
         self._tasks = dict.fromkeys(Lane, 0)  # of the lane's threads: units, and what is computed ahead after each
         self._called: set[Lane] = set()  # lanes in which something is ready, or runs, besides the newest unit
+        self._layer_s = 0.0  # of the newest unit of decoded tokens
         self._closed = False
         self._turning: set[Lane] = set()
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
         self._ahead: deque[Batch] = deque(maxlen=AHEAD)
+
+    def _measured(self) -> dict[Lane, CostModel]:
+        """What a layer costs in each lane, measured on a thread like theirs."""
+        thread = LaneThread("measuring")
+        long = thread.submit(self.torch_threads, measure_long, self.runner).result()
+        decoding = thread.submit(1, measure_decoding, self.runner, self._threads_of).result()
+        thread.close()
+        return {Lane.DECODE: decoding.plus(UNIT_S), Lane.LONG: long}
+
+    def _threads_of(self, rows: int) -> int:
+        """How many torch threads a batch of decoded tokens has on the loop, and with many rows anywhere."""
+        return 1 if rows <= SHORT_ROWS else self.torch_threads
 
     def submit(self, one: Pass, point: Point) -> None:
         """What `one` waited for has come: it can be computed at `point`."""
@@ -101,7 +116,7 @@ class Engine:
         self._call(lane_of(point.way))
 
     def close(self) -> None:
-        """Begin no more units, and wait for those that are running."""
+        """Begin no more units, and wait for those that are running; the sessions of one that was not begun are told."""
         self._closed = True
         for timer in self._timers.values():
             timer.cancel()
@@ -128,66 +143,92 @@ class Engine:
         timer = self._timers.pop(lane, None)
         if timer is not None:
             timer.cancel()
-        now = time.perf_counter()
-        picked = self.scheduler.pick(lane, now)
-        if isinstance(picked, Run):
-            self._start(lane, picked)
+        now, free = time.perf_counter(), self._free[lane]
+        runs, picked = list[Run](), self.scheduler.pick(lane, now)
+        while isinstance(picked, Run):
+            runs.append(picked)
+            picked = self.scheduler.pick(lane, now) if len(runs) < len(free) else None
+        if runs:
+            self._begin(lane, runs)
         elif lane is Lane.DECODE and self._ahead and not self._tasks[lane]:
             started = time.perf_counter()
             self._run_ahead(lane, self._ahead.popleft())
             self._count(lane, time.perf_counter() - started, 0.0)
             self._wake(lane)
-        elif isinstance(picked, Hold):
+            return
+        if isinstance(picked, Hold):
             self._timers[lane] = asyncio.get_running_loop().call_later(picked.until - now, self._turn, lane)
 
-    def _start(self, lane: Lane, picked: Run) -> None:
-        point = picked.point
-        passes: list[Pass] = picked.passes  # type: ignore[assignment]  # the works that we gave it
-        rows = sum(one.n for one in passes)
-        if lane is Lane.DECODE and self._on_loop(picked, rows):
-            self._short(lane, point, passes, rows > SHORT_ROWS)
-            return
-        thread, waits = self._free[lane].popleft(), self.scheduler.waiting(lane) > 0
-        shared = waits or len(self._free[lane]) < len(self._threads[lane]) - 1
-        if shared:  # no unit goes on by itself then, so that each layer gets as many threads as are its part
+    def _begin(self, lane: Lane, runs: Sequence[Run]) -> None:
+        """Compute what was picked for the lane's free threads."""
+        units = len(self._threads[lane]) - len(self._free[lane]) + len(runs)  # that run from now on
+        if units > 1 or self.scheduler.waiting(lane):  # none goes on by itself, so that layers share the threads
             self._called.add(lane)
-            self._wake(lane)
         else:
             self._called.discard(lane)
-        count = max(1, self.torch_threads // (len(self._threads[lane]) if shared else 1))
-        self._tasks[lane] += 1
-        for one in passes:
-            one.running = True
-        thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
+        for run in runs:
+            passes: list[Pass] = run.passes  # type: ignore[assignment]  # the works that we gave it
+            rows = sum(one.n for one in passes)
+            if lane is Lane.LONG or not self._on_loop(run, rows):
+                self._start(lane, run.point, passes, max(1, self.torch_threads // units))
+            elif rows > SHORT_ROWS:
+                self._many(run.point, passes)
+            else:
+                self._few(run.point, passes)
 
     def _on_loop(self, picked: Run, rows: int) -> bool:
         """Whether a batch of decoded tokens is computed on the loop now."""
-        if self._tasks[Lane.DECODE] or self.scheduler.costs[Lane.DECODE].seconds(rows) > LOOP_S:
+        layer_s = max(self.scheduler.costs[Lane.DECODE].seconds(rows), self._layer_s)
+        if self._tasks[Lane.DECODE] or layer_s > LOOP_S:
             return False
         alone = picked.alone and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
         return rows <= (ALONE_ROWS if alone else SHORT_ROWS)
 
-    def _short(self, lane: Lane, point: Point, passes: list[Pass], many: bool) -> None:
-        """On the loop: a unit; of many passes also what needs no answer, since their answers take longer than that."""
-        began, codec_s = time.process_time(), CODEC.seconds
-        if many:
-            use_threads(self.torch_threads)
+    def _few(self, point: Point, passes: list[Pass]) -> None:
+        """A unit on the loop; what needs no answer comes when nothing else is to be done."""
+        codec_s = CODEC.seconds
         done, seconds = self._compute(point, passes)
-        if many:
-            use_threads(1)
-        used_s = time.process_time() - began if many else sum(seconds)  # of torch's other threads too: no lane has work
         self._finish(point, passes, done, seconds)
         if isinstance(done, Done) and done.ahead is not None:
-            if many:
-                started = time.perf_counter()
-                self._run_ahead(lane, done.ahead)
-                used_s += time.perf_counter() - started
-            else:
-                self._ahead.append(done.ahead)
-        self._count(lane, used_s, CODEC.seconds - codec_s)
+            self._ahead.append(done.ahead)
+        self._over(passes, sum(seconds), CODEC.seconds - codec_s)
+
+    def _many(self, point: Point, passes: list[Pass]) -> None:
+        """A unit on the loop with all of torch's threads, and then what needs no answer: many take longer to come."""
+        began, codec_s = time.process_time(), CODEC.seconds
+        self._team = True
+        use_threads(self.torch_threads)
+        done, seconds = self._compute(point, passes)
+        use_threads(1)
+        used_s = time.process_time() - began  # of torch's other threads too: no lane has work
+        self._finish(point, passes, done, seconds)
+        if isinstance(done, Done) and done.ahead is not None:
+            started = time.perf_counter()
+            self._run_ahead(Lane.DECODE, done.ahead)
+            used_s += time.perf_counter() - started
+        self._over(passes, used_s, CODEC.seconds - codec_s)
+
+    def _over(self, passes: Sequence[Pass], used_s: float, codec_s: float) -> None:
+        """A unit on the loop is over."""
+        self._count(Lane.DECODE, used_s, codec_s)
         if any((one.account.turnaround_s or 1.0) < self.waker.window_s for one in passes):
             self.waker.expect()
-        self._wake(lane)
+        self._wake(Lane.DECODE)
+
+    def _start(self, lane: Lane, point: Point, passes: list[Pass], count: int) -> None:
+        """Have one of the lane's threads compute a unit with so many of torch's."""
+        if count > 1 and self._team:
+            end_team()
+            self._team = False
+        thread = self._free[lane].pop()
+        self._tasks[lane] += 1
+        for one in passes:
+            one.running = True
+        try:
+            thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
+        except RuntimeError as error:  # no thread can be started now; the sessions may come back
+            self._tasks[lane] -= 1
+            self._done(thread, lane, point, passes, error, [])
 
     def _long(
         self,
@@ -200,7 +241,7 @@ class Engine:
     ) -> None:
         """On one of the lane's threads: a unit, and then what needs no answer, while the replies are sent."""
         began, codec_s = time.thread_time(), CODEC.seconds
-        done, seconds = self._compute(point, passes, goes_on=True)
+        done, seconds = (STOPPED, []) if self._closed else self._compute(point, passes, goes_on=True)
         loop.call_soon_threadsafe(self._done, thread, lane, point, passes, done, seconds)
         used_s = (time.thread_time() - began) * count  # torch's other threads have as much to do
         if isinstance(done, Done) and done.ahead is not None:
@@ -283,6 +324,8 @@ class Engine:
                 one.owner.fail(done)
         else:
             self.scheduler.used(passes, point, sum(seconds))
+            if point.way is Way.DECODE:
+                self._layer_s = seconds[-1]
             for one_layer in seconds:
                 self.counted.layer_seconds[point.way].observe(one_layer)
             self.counted.batch_rows[point.way].observe(sum(one.n for one in passes), len(seconds))
@@ -299,7 +342,7 @@ class Engine:
             self.scheduler.ready([one for one, _ in going if not one.owner.closed], onward, now)
         if done.onward:
             self._wake(lane_of(point.way))
-        volleys = [(reply, self._volley(reply, now)) for reply in done.replies]
+        volleys = [(reply, self._volleys.of(reply, now) if self.sockets else None) for reply in done.replies]
         before_sending()
         started = time.perf_counter()
         for _, volley in volleys:
@@ -328,53 +371,6 @@ class Engine:
                 one.owner.reply(one, header, data, due, due_header)
             except PrivateLoraError as error:  # its quota is spent: the others of the batch get theirs
                 one.owner.fail(error)
-
-    # -- exchanges of a batch ------------------------------------------------------------------------------------------
-
-    def _volley(self, reply: Reply, now: float) -> Volley | None:
-        """A reply as messages that are sent to all at once, whose answers are read the same way; None if it cannot be.
-
-        Sessions are not asked: 32 of them have a thousand exchanges a token, which at 10 us of Python each took as long
-        as half of the layers.
-        """
-        passes, wire, _, _, rows, width, data, then = reply
-        if self.sockets is None or then is None or len(passes) < VOLLEY_PASSES:
-            return None
-        if not all(one.direct and not one.owner.closed for one in passes):
-            return None
-        files = [one.owner.socket.file for one in passes]
-        if min(files) < 0 or rows.count(rows[0]) < len(rows):
-            return None
-        kind, due_width, point = then
-        due = Due(kind, (rows[0], *due_width), wire.nbytes((rows[0], *due_width)), point)
-        headers, due_headers = headers_of(reply)
-        moved = wire.nbytes((rows[0], *width))
-        for one in passes:
-            one.due, one.told_at = due, now
-            one.moved_down += moved
-        self.scheduler.expect(passes, point, now)
-
-        def take(volley: Volley, came: list[int]) -> None:
-            self._answered([passes[row] for row in came], came, due, volley)
-
-        sockets = [one.owner.socket for one in passes]
-        return Volley(sockets, files, b"".join(headers), data, b"".join(due_headers), due.nbytes, take)
-
-    def _answered(self, passes: list[Pass], rows: list[int], due: Due, volley: Volley) -> None:
-        now, size, answers = time.perf_counter(), due.nbytes, memoryview(volley.answers)
-        shape, observed = due.shape, self.counted.device_seconds[due.point.way]
-        observed.observe(now - passes[0].told_at, len(passes))
-        came = []
-        for one, row in zip(passes, rows, strict=True):
-            owner = one.owner
-            if one.due is due and not owner.closed:
-                owner.heard_at, owner.parked = now, False
-                one.moved_up += size
-                one.due, one.answer, one.answer_shape = None, answers[row * size : (row + 1) * size], shape
-                came.append(one)
-        batch = passes[0].batch
-        self.scheduler.ready(came, due.point, now, batch is not None and batch.alike)
-        self._call(lane_of(due.point.way))
 
 
 def _streams(device: torch.device) -> dict[Lane, Callable[[], AbstractContextManager[object]]]:

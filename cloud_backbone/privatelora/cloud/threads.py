@@ -3,7 +3,7 @@
 libgomp, which torch's CPU build runs on, counts the threads of all of a process's teams; while there are more than
 cores, the idle ones of every team sleep at once instead of looking for work for a moment, and an operator of a layer
 that has to wake one takes twice as long. So a thread that has had nothing to do for `IDLE_S` ends, and its team with
-it; the next unit of work starts another within 0.1 ms.
+it; the next unit of work starts another within 0.1 ms. The event loop's own team goes with `end_team`.
 
 `Waker` is for the moments between two units: an event loop that went to sleep needs longer to wake than a device on the
 same machine or network needs to answer.
@@ -12,10 +12,12 @@ same machine or network needs to answer.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -23,6 +25,7 @@ import torch
 T = TypeVar("T")
 
 IDLE_S = 0.2
+SOFT_PAUSE = 1  # omp_pause_soft: settings are kept
 
 _SETTING = threading.Lock()
 
@@ -32,6 +35,13 @@ def use_threads(count: int) -> None:
     with _SETTING:
         torch.set_num_threads(count)
         torch.get_num_threads()  # a thread takes the setting at its first use of it, so later settings are not its own
+
+
+def end_team() -> None:
+    """End the OpenMP threads that work for the calling thread; when it next uses several, new ones start."""
+    with suppress(AttributeError):  # another OpenMP than libgomp, or none: its idle threads are nobody's trouble
+        openmp = ctypes.CDLL(None)  # torch has loaded it for all
+        openmp.omp_pause_resource(SOFT_PAUSE, openmp.omp_get_initial_device())
 
 
 class LaneThread:
@@ -44,14 +54,22 @@ class LaneThread:
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, torch_threads: int, function: Callable[..., T], *arguments: object) -> Future[T]:
-        """Have it call the function with so many torch threads, once it has done what it was given before."""
+        """Have it call the function with so many torch threads, once it has done what it was given before.
+
+        Raises RuntimeError if no thread can be started.
+        """
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix=self.name)
+        try:
+            future = self._executor.submit(_with_threads, torch_threads, function, *arguments)
+        except RuntimeError:  # no thread could be started, and this one may not do it later
+            self._executor = None
+            raise
         self._tasks += 1
-        return self._executor.submit(_with_threads, torch_threads, function, *arguments)
+        return future
 
     def done(self) -> None:
         """One of the functions has returned."""
@@ -66,7 +84,7 @@ class LaneThread:
             self._timer = None
         executor, self._executor = self._executor, None
         if executor is not None:
-            executor.shutdown(wait=wait, cancel_futures=True)
+            executor.shutdown(wait=wait)
 
 
 def _with_threads(torch_threads: int, function: Callable[..., T], *arguments: object) -> T:

@@ -52,13 +52,15 @@ typedef int Part(const void *job, int from, int to);
 typedef struct {
     Part *part;
     const void *job;
-    int n, status;
+    int n, most, status;
 } Shared;
 
 static void of_team(void *argument) {
     Shared *shared = argument;
 #ifdef __linux__
     int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+    if (team > shared->most) team = shared->most;
+    if (me >= team) return;
     int from = (int)(me * shared->n / team), to = (int)((me + 1) * shared->n / team);
     if (from < to && shared->part(shared->job, from, to)) __atomic_store_n(&shared->status, -1, __ATOMIC_RELAXED);
 #else
@@ -66,17 +68,15 @@ static void of_team(void *argument) {
 #endif
 }
 
-/* All n things, by as many threads of the team as have `grain` of them; fewer are not worth waking one. */
+/* All n things, by as many threads as have `grain` of them; fewer are not worth waking one. The others of the team do
+ * nothing, but belong to it: libgomp ends those of a larger team than the one that it is asked for. */
 static int share(Part *part, const void *job, int n, int grain) {
 #ifdef __linux__
-    if (GOMP_parallel && omp_get_max_threads && omp_get_num_threads && omp_get_thread_num) {
-        int most = n / grain, team = omp_get_max_threads();
-        if (team > most) team = most;
-        if (team > 1) {
-            Shared shared = {part, job, n, 0};
-            GOMP_parallel(of_team, &shared, (unsigned)team, 0);
-            return shared.status;
-        }
+    int there = GOMP_parallel && omp_get_max_threads && omp_get_num_threads && omp_get_thread_num;
+    if (there && grain > 0 && n >= 2 * grain && omp_get_max_threads() > 1) {
+        Shared shared = {part, job, n, n / grain, 0};
+        GOMP_parallel(of_team, &shared, 0, 0);
+        return shared.status;
     }
 #endif
     return part(job, 0, n);

@@ -9,8 +9,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# oneDNN and torch each keep a prepared kernel for every row count, shape and number of threads, 1024 of them unless told
-# otherwise. Passes of 300 lengths took 1.2 GB that way in bfloat16, outside the memory budget; with 320, which is 64 row
-# counts of a layer's five products on one number of threads, 0.5 GB. To make one again costs 0.5 ms.
+# oneDNN and torch each keep a prepared kernel for every row count, shape and number of threads, 1024 of them unless
+# told otherwise. Passes of 300 lengths took 1.2 GB that way in bfloat16, outside the memory budget; with 320, which is
+# 64 row counts of a layer's five products on one number of threads, 0.5 GB. To make one again costs 0.5 ms.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "320")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "320")

@@ -21,6 +21,7 @@ typedef struct {
     const float *const *m;   /* M (down, up) of each */
     int64_t h_bytes;
     int64_t received, sent; /* bytes */
+    int64_t exchanges;      /* that were answered here, h's among them */
 } Device;
 
 /* What came of the socket `file`: `length` bytes at `at` of `space`; a negative length is an errno. */
@@ -93,6 +94,7 @@ int serve(int epoll, Device *const *devices, int files, int down, int up, uint64
                 continue;
             }
             one->received += n;
+            one->exchanges++;
             if (last) {
                 events[count++] = (Event){file, DONE, 0, 0};
                 continue;

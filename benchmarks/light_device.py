@@ -4,8 +4,8 @@
                           -> light_device.c                              u came, v = M u goes
 
 `loadgen.py` plays many of these on one epoll loop. The service has the same cores, which devices in the world do not
-take, so a token's exchanges are answered by compiled code: the bytes that are due are compared whole, and the answer's
-header was written beforehand. In Python an exchange took 10 us of CPU where all was in the caches and 17 to 26 beside a
+take, so a token's exchanges are answered by compiled code: the header that is due is compared whole, and the answer's
+was written beforehand. In Python an exchange took 10 us of CPU where all was in the caches and 17 to 26 beside a
 service. Whatever is not exactly one due frame, such as a prefill, a part of a message or an ERROR, takes the long way
 (`LightDevice.came`), as everything does on a machine without a C compiler.
 """
@@ -115,7 +115,7 @@ class State(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("short_way", "stage", "inlined")),
         *((name, ctypes.c_void_p) for name in ("up", "due", "m")),
-        *((name, ctypes.c_int64) for name in ("h_bytes", "received", "sent")),
+        *((name, ctypes.c_int64) for name in ("h_bytes", "received", "sent", "exchanges")),
     )
 
 

@@ -195,9 +195,9 @@ def report(load: Load, used: tuple[float, float]) -> dict[str, Any]:
     return {
         "placement": load.placement.describe(load.info.model.shape.layers),
         "warmup_tokens": load.warmup,
-        "compiled": load.shared.compiled,
         "devices": [{"prompt_tokens": device.prompt, "times": device.times} for device in load.devices],
         "exchanges": sum(device.exchanges for device in load.devices),
+        "compiled_exchanges": sum(device.state.exchanges for device in load.devices),
         "bytes_up": sum(device.state.sent for device in load.devices),
         "bytes_down": sum(device.state.received for device in load.devices),
         "cpu_user_s": used[0],

@@ -183,7 +183,6 @@ def test_what_threads_share_is_what_one_does_alone(n: int, dtype: torch.dtype) -
 
 
 @compiled
-@compiled
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists a process's threads")
 def test_torchs_own_threads_stay_when_fewer_of_them_have_a_part() -> None:
     given, threads = case(torch.bfloat16, positions=tuple(range(16))), Path("/proc/self/task")
@@ -197,11 +196,12 @@ def test_torchs_own_threads_stay_when_fewer_of_them_have_a_part() -> None:
         add_delta(qkv, v, pack_b(b), 576, 192)
         large + large
         time.sleep(0.05)
-        assert set(threads.iterdir()) == team
+        assert team <= set(threads.iterdir())
     finally:
         torch.set_num_threads(before)
 
 
+@compiled
 def test_what_lies_unused_in_the_pool_is_not_read() -> None:
     """Tokens after the new one or before the window may hold anything, blocks before the window may be given away."""
     clean = case(window=20)

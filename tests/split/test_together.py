@@ -159,7 +159,7 @@ def compared(
     return worst, counted
 
 
-@pytest.mark.parametrize("threads", [1, 2])  # with 2, whole sequences of two batches are computed at one time
+@pytest.mark.parametrize("threads", [1, 2])  # with 2, two batches at one time (`cloud/test_engine.py`)
 def test_sixteen_sessions_of_every_kind_compute_what_each_computes_alone(
     fleet: Fleet, tmp_path: Path, threads: int
 ) -> None:

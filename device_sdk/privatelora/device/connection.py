@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from privatelora.protocol.frames import Frame, Kind
 from privatelora.protocol.messages import ErrorInfo, Queued, parse
 
 RECEIVE_BYTES = 1 << 18
-LAST_WORDS_S = 1.0  # that a service whose connection is closed gets for what it said before
+LAST_WORDS_S = 1.0  # for which what the service said before it closed the connection is looked for
 
 OnWait = Callable[[int, int], None]
 """place (1 is next) and how many wait, whenever the service says that there is no room yet"""
@@ -98,18 +99,11 @@ class Connection:
 
     def send(self, frame: Frame) -> None:
         """Send one frame; raises `ConnectionLostError`, or what the service said before it closed the connection."""
-        data = frame.pack()
         try:
-            self._protocol.send_binary(data)
-            self._flush()
-        except InvalidState:
-            self._heed()
-            raise ConnectionLostError("the service closed the connection") from None
+            self._write(frame)
         except ConnectionLostError:
             self._heed()
             raise
-        self.count.payload_up += frame.payload_bytes
-        self.count.overhead_up += len(data) - frame.payload_bytes
 
     def receive(self) -> Frame:
         """Wait for the next frame, in a queue if need be; an ERROR frame is raised as the error that it carries."""
@@ -125,13 +119,23 @@ class Connection:
         """Say goodbye if the socket still works, and close it."""
         try:
             self._socket.settimeout(1.0)
-            self.send(Frame(Kind.CLOSE))
+            self._write(Frame(Kind.CLOSE))
             self._protocol.send_close(1000)
             self._flush()
         except (PrivateLoraError, OSError):
             pass  # the other end is gone, which is what closing is for
         finally:
             self._socket.close()
+
+    def _write(self, frame: Frame) -> None:
+        data = frame.pack()
+        try:
+            self._protocol.send_binary(data)
+        except InvalidState:
+            raise ConnectionLostError("the service closed the connection") from None
+        self._flush()
+        self.count.payload_up += frame.payload_bytes
+        self.count.overhead_up += len(data) - frame.payload_bytes
 
     def _next(self) -> Frame:
         """The next frame of any kind, counted."""
@@ -160,16 +164,29 @@ class Connection:
 
     def _heed(self) -> None:
         """Nothing can be sent any more: raise the ERROR that the service sent before, if there is one."""
+        until = time.monotonic() + LAST_WORDS_S
         with suppress(ConnectionLostError, OSError):
-            self._socket.settimeout(LAST_WORDS_S)
-            while self._pump():
-                pass
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._read():
+                    break
         while self._messages:
             if (frame := self._next()).kind is Kind.ERROR:
                 raise parse(frame.payload, ErrorInfo).to_error() from None
 
-    def _pump(self) -> bool:
-        """Read what the socket has and turn it into messages; returns whether more may come."""
+    def _pump(self) -> None:
+        """Turn what the socket has into messages, and answer pings and closes."""
+        more = self._read()
+        try:
+            self._flush()
+        except ConnectionLostError:
+            if not self._messages:  # among which may be why
+                raise
+        if not more and self._protocol.handshake_exc is None and not self._messages:
+            raise ConnectionLostError("the service closed the connection")
+
+    def _read(self) -> bool:
+        """Turn what the socket has into messages; returns whether more may come."""
         try:
             data = self._socket.recv(RECEIVE_BYTES)
         except TimeoutError:
@@ -185,13 +202,6 @@ class Connection:
         for event in self._protocol.events_received():
             if isinstance(event, WsFrame):
                 self._take(event)
-        try:
-            self._flush()  # answers to pings and closes
-        except ConnectionLostError:
-            if not self._messages:  # among which may be why
-                raise
-        if not data and self._protocol.handshake_exc is None and not self._messages:
-            raise ConnectionLostError("the service closed the connection")
         return bool(data)
 
     def _take(self, event: WsFrame) -> None:

@@ -23,7 +23,7 @@ from privatelora.device.service import Service
 from privatelora.device.stream import Exchange, Result, Span, Steps, Stream
 from privatelora.protocol.accounting import Traffic
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.errors import ConnectionLostError, ProtocolError
+from privatelora.protocol.errors import ConnectionLostError, PrivateLoraError, ProtocolError
 from privatelora.protocol.frames import Frame, Kind, Phase
 from privatelora.protocol.messages import Opened, OpenRequest, control_frame, parse
 from privatelora.protocol.placement import Placement
@@ -152,7 +152,7 @@ class RemoteLayers:
         frame.spans = np.array([(s, 0, 0) for s in sequences], np.uint32)
         try:
             self._connection.send(frame)
-        except ConnectionLostError:
+        except PrivateLoraError:  # or a reason to end the session, which is no trouble of what is done
             self.disconnect()  # the service drops everything with the connection
 
     def _open_connection(self) -> Connection:

@@ -165,5 +165,6 @@ def test_a_token_that_is_due_is_not_kept_waiting_by_others_exchanges() -> None:
     while peer.device.state.stage < 200 and answering.is_alive():
         peer.shared.serve(0.01)
     answering.join()
+    assert peer.device.state.stage == 200
     peer.device.decode(due)
     assert peer.device.begun_at == due

@@ -191,6 +191,7 @@ def test_torchs_own_threads_stay_when_fewer_of_them_have_a_part() -> None:
     try:
         torch.set_num_threads(5)
         large + large  # has torch make its team
+        time.sleep(0.05)  # in which those of a larger one end
         team = set(threads.iterdir())
         given.run()  # by two of the five
         add_delta(qkv, v, pack_b(b), 576, 192)

@@ -30,7 +30,7 @@ from privatelora.cloud.scheduler import Hold, Lane, Run, Scheduler, lane_of
 from privatelora.cloud.sockets import Sockets
 from privatelora.cloud.threads import LaneThread, Waker, end_team, use_threads
 from privatelora.cloud.volleys import Volleys
-from privatelora.protocol.errors import PrivateLoraError, ServiceError
+from privatelora.protocol.errors import AdmissionError, PrivateLoraError
 
 SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
@@ -50,7 +50,7 @@ LONG_THREADS = 2
 """Batches of whole sequences that are computed side by side, with a part of torch's threads each: nothing of two rows'
 products is shared among them, and no thread waits at the end of each operator for another that has lost its core."""
 
-STOPPED = ServiceError("the service has stopped; connect again when it runs")
+STOPPED = AdmissionError("the service has stopped; come back when it runs", retry_after_s=1.0)
 
 AHEAD = 16  # batches on the loop for which something may still be computed ahead; those that are older go without
 
@@ -103,11 +103,13 @@ class Engine:
         thread = LaneThread("measuring")
         long = thread.submit(self.torch_threads, measure_long, self.runner).result()
         decoding = thread.submit(1, measure_decoding, self.runner, self._threads_of).result()
+        if decoding.seconds(1) > LOOP_S:  # no batch is the loop's
+            decoding = thread.submit(1, measure_decoding, self.runner, lambda rows: self.torch_threads).result()
         thread.close()
         return {Lane.DECODE: decoding.plus(UNIT_S), Lane.LONG: long}
 
     def _threads_of(self, rows: int) -> int:
-        """How many torch threads a batch of decoded tokens has on the loop, and with many rows anywhere."""
+        """How many torch threads a batch of decoded tokens has that is alone, if it may be computed on the loop."""
         return 1 if rows <= SHORT_ROWS else self.torch_threads
 
     def submit(self, one: Pass, point: Point) -> None:
@@ -116,7 +118,7 @@ class Engine:
         self._call(lane_of(point.way))
 
     def close(self) -> None:
-        """Begin no more units, and wait for those that are running; the sessions of one that was not begun are told."""
+        """Begin no more units, and wait for those that run; passes that were handed to a thread already are settled."""
         self._closed = True
         for timer in self._timers.values():
             timer.cancel()
@@ -226,9 +228,10 @@ class Engine:
             one.running = True
         try:
             thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
-        except RuntimeError as error:  # no thread can be started now; the sessions may come back
+        except RuntimeError as error:
             self._tasks[lane] -= 1
-            self._done(thread, lane, point, passes, error, [])
+            self._done(thread, lane, point, passes, AdmissionError(f"{error} now; come back", retry_after_s=1.0), [])
+            self._wake(lane)
 
     def _long(
         self,

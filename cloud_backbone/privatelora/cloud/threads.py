@@ -39,7 +39,7 @@ def use_threads(count: int) -> None:
 
 def end_team() -> None:
     """End the OpenMP threads that work for the calling thread; when it next uses several, new ones start."""
-    with suppress(AttributeError):  # another OpenMP than libgomp, or none: its idle threads are nobody's trouble
+    with suppress(AttributeError, TypeError):  # there is no OpenMP, or it cannot be asked
         openmp = ctypes.CDLL(None)  # torch has loaded it for all
         openmp.omp_pause_resource(SOFT_PAUSE, openmp.omp_get_initial_device())
 

@@ -326,8 +326,8 @@ def _against_transformers(name: str, row: Against, contest: Contest) -> Row:
         f"{WARMUP_TOKENS} of warm-up; transformers {told} tokens/s at batch {SESSIONS}; medians of {contest.rounds} "
         f"rounds in turn; pass of {1e3 * SESSIONS / rate:.1f} ms, where {1e3 * layers:.1f} ms is the machine's floor "
         f"(weights over {contest.copies_bytes_per_s / 1e9:.1f} GB/s of copies); the devices took "
-        f"{statistics.median(d.cpu_us_per_exchange for d in decoded):.0f} us of CPU an exchange"
-        f", {statistics.median(d.compiled_exchanges / d.exchanges for d in decoded):.0%} of them in compiled code",
+        f"{statistics.median(d.cpu_us_per_exchange for d in decoded):.0f} us of CPU an exchange, "
+        f"{statistics.median(d.compiled_exchanges / d.exchanges for d in decoded):.0%} of them in compiled code",
         {"floor_ms": 1e3 * layers},
     )
 

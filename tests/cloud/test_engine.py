@@ -116,7 +116,7 @@ class Service:
             caches[0].reserve(1)
         end = DEPTH - placement.last
         wire = WireDtype.FLOAT32
-        one = Pass(owner, placement, inline, way, (rows,), (0,), caches, None, end, wire)  # type: ignore[arg-type]
+        one = Pass(owner, placement, inline, way, (rows,), (0,), caches, None, end, wire)  # type: ignore[arg-type]  # an owner without a socket
         owner.send(one, (rows, HIDDEN), one.first_point)
         return owner
 

@@ -39,8 +39,8 @@ switches are worth."""
 ALONE_ROWS = 64
 """And up to so many where nobody else computes: the loop has nothing to do before their devices answer, but for who
 connects or downloads meanwhile and waits a layer; what was handed to a thread and back took longer, as both want the
-interpreter. Of 32 sessions a step took 82 ms instead of 108,
-together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same."""
+interpreter. Of 32 sessions a step took 82 ms instead of 108, together with `threads.py`; of 64, 157 instead of 207, and
+of 128 about the same."""
 
 LOOP_S = 0.02  # of a layer, by the cost model or as the newest took: above it a thread computes, since nobody is served
 
@@ -89,7 +89,7 @@ class Engine:
         self._streams = _streams(runner.device)
         self.scheduler = Scheduler(self._measured())
         self._volleys = Volleys(self.scheduler, counted, self._call)
-        self._free = {lane: deque(threads) for lane, threads in self._threads.items()}  # without a unit, longest first
+        self._free = {lane: list(threads) for lane, threads in self._threads.items()}  # without a unit, longest first
         self._tasks = dict.fromkeys(Lane, 0)  # of the lane's threads: units, and what is computed ahead after each
         self._called: set[Lane] = set()  # lanes in which something is ready, or runs, besides the newest unit
         self._layer_s = 0.0  # of the newest unit of decoded tokens
@@ -222,13 +222,13 @@ class Engine:
         if count > 1 and self._team:
             end_team()
             self._team = False
-        thread = self._free[lane].pop()
+        thread = self._free[lane].pop()  # the one whose team is there
         self._tasks[lane] += 1
         for one in passes:
             one.running = True
         try:
             thread.submit(count, self._long, asyncio.get_running_loop(), thread, count, lane, point, passes)
-        except RuntimeError as error:
+        except RuntimeError as error:  # the system starts no thread now
             self._tasks[lane] -= 1
             self._done(thread, lane, point, passes, AdmissionError(f"{error} now; come back", retry_after_s=1.0), [])
             self._wake(lane)

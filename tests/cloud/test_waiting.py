@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -144,6 +145,21 @@ def test_a_reminder_tells_everybody_the_place_again() -> None:
     told.clear()
     line.remind()
     assert told == [(0, 1, 3), (1, 2, 3), (2, 3, 3)]
+
+
+def test_who_was_told_a_moment_ago_is_not_reminded(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = 100.0, list[int]()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    line = Line("a seat", 3)
+    for number in range(2):
+        line.join(Waiter(_no, _fail, _fail, lambda *place, number=number: told.append(number)))
+        now += 6
+    told.clear()
+    line.remind(10)
+    assert told == [0]
+    now += 5
+    line.remind(10)
+    assert told == [0, 1]
 
 
 def _no() -> bool:

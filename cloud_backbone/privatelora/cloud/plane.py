@@ -37,7 +37,7 @@ from privatelora.protocol.placement import NAMES, Placement
 log = structlog.get_logger("privatelora.cloud")
 
 HOUSE_S = 1.0  # between two looks at who is silent
-REMIND_S = 10.0  # between two words to those who wait; a device takes 60 s of silence for a lost connection
+REMIND_S = 10.0  # after which who waits is told again; a device takes 60 s of silence for a lost connection
 DRAIN_LOOK_S = 0.02  # between two looks at which passes are over
 COME_BACK_S = 2.0  # after which a device may ask again that was sent away, by a drain or for its memory
 
@@ -238,7 +238,6 @@ class DataPlane:
 
     async def keep_house(self) -> None:
         """Park the silent, tell the waiting their places, make room for the first of them; until it is cancelled."""
-        reminded = time.perf_counter()
         while True:
             await asyncio.sleep(HOUSE_S)
             now = time.perf_counter()
@@ -247,10 +246,8 @@ class DataPlane:
                     session.park()
             self.reclaim(self.memory.line.first_bytes())
             self.untie()
-            if now - reminded >= REMIND_S:
-                reminded = now
-                self.line.remind()
-                self.memory.line.remind()
+            for line in (self.line, self.memory.line):
+                line.remind(REMIND_S)
 
     async def drain(self) -> None:
         """Take no new pass, let those that run finish, and send every device away with a time to come back."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ class Waiter:
     refuse : is told why there will be none.
     tell : is told its place (1 is next), and how many wait.
     nbytes : that it waits for, where it waits for memory.
+    told_at : when it was told its place, in seconds of `time.perf_counter`.
     """
 
     fits: Callable[[], bool]
@@ -31,6 +33,7 @@ class Waiter:
     refuse: Callable[[PrivateLoraError], None]
     tell: Callable[[int, int], None]
     nbytes: int = 0
+    told_at: float = 0.0
 
 
 class Line:
@@ -57,7 +60,7 @@ class Line:
                 retry_after_s=RETRY_S,
             )
         self._waiters.append(waiter)
-        waiter.tell(len(self._waiters), len(self._waiters))
+        self._tell(waiter, len(self._waiters))
 
     def leave(self, *waiters: Waiter) -> None:
         """Those that no longer wait; they need not be in the line. Who stood behind them may fit."""
@@ -85,7 +88,13 @@ class Line:
         """What the first waits for; 0 if nobody waits."""
         return self._waiters[0].nbytes if self._waiters else 0
 
-    def remind(self) -> None:
-        """Tell everyone the place again, as must be done often enough for a device not to take it for silence."""
+    def remind(self, after_s: float = 0.0) -> None:
+        """Tell the place again to those who were told nothing for so long, before a device takes it for silence."""
+        now = time.perf_counter()
         for place, waiter in enumerate(list(self._waiters), 1):
-            waiter.tell(place, len(self._waiters))
+            if now - waiter.told_at >= after_s:
+                self._tell(waiter, place)
+
+    def _tell(self, waiter: Waiter, place: int) -> None:
+        waiter.told_at = time.perf_counter()
+        waiter.tell(place, len(self._waiters))

@@ -126,13 +126,13 @@ def test_the_token_is_in_no_log(running: ServiceProcess) -> None:
     assert running.token not in running.log.read_text()
 
 
-def test_each_token_has_its_own_user() -> None:
+async def test_each_token_has_its_own_user() -> None:
     admission = TokenAdmission({"a-token": "alice", "b-token": "bob"})
-    assert admission.authenticate("a-token").user == "alice"
-    assert admission.authenticate("b-token").user == "bob"
+    assert (await admission.authenticate("a-token", "")).user == "alice"
+    assert (await admission.authenticate("b-token", "")).user == "bob"
     for wrong in (None, "", "a-toke", "a-tokenb-token", "A-TOKEN", "ä"):
         with pytest.raises(AuthenticationError):
-            admission.authenticate(wrong)
+            await admission.authenticate(wrong, "")
 
 
 # -- the token file ---------------------------------------------------------------------------------------------------

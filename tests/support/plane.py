@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-from privatelora.cloud.admission import Principal, TokenAdmission
+from privatelora.cloud.admission import Meter, Principal, TokenAdmission, Unmetered
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.endpoint import server
 from privatelora.cloud.plane import DataPlane, DataPlaneSettings
 from privatelora.platform.logs import configure_logging
+from privatelora.protocol.messages import OpenRequest
 
 
 class Counting:
@@ -31,10 +32,19 @@ class Counting:
     def __init__(self) -> None:
         self.spent: dict[str, list[int]] = {}
 
-    def spend(self, principal: Principal, bytes_up: int, bytes_down: int) -> None:
-        of_user = self.spent.setdefault(principal.user, [0, 0])
-        of_user[0] += bytes_up
-        of_user[1] += bytes_down
+    async def open(self, owner: Principal, number: int, request: OpenRequest) -> Meter:
+        return CountingMeter(self.spent.setdefault(owner.user, [0, 0]))
+
+
+class CountingMeter(Unmetered):
+    """Adds up what one user's sessions spend."""
+
+    def __init__(self, spent: list[int]) -> None:
+        self.spent = spent
+
+    def spend(self, bytes_up: int, bytes_down: int) -> None:
+        self.spent[0] += bytes_up
+        self.spent[1] += bytes_down
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from tests.support.wire import RANK, Wire, announced, begin, open_frame
 from websockets.exceptions import ConnectionClosed
 
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.errors import PrivateLoraError
+from privatelora.protocol.errors import PrivateLoraError, error_from_code
 from privatelora.protocol.frames import Frame, Kind, Phase, Selection
 from privatelora.protocol.messages import ErrorInfo, Opened, Queued, ServiceInfo, parse
 
@@ -36,6 +36,20 @@ class Player(Wire):
         self.send(open_frame(self.info, **changes))
         self.session = parse(self.next().payload, Opened).session
         return self.session
+
+    def send(self, message: Frame | bytes | str) -> None:
+        """Send a message; where the service has closed the connection, raise its reason."""
+        try:
+            super().send(message)
+        except ConnectionClosed as closed:
+            raise _reason(closed) from None
+
+    def receive(self) -> Frame:
+        """Whatever frame comes next; where the service has closed the connection, its reason is raised."""
+        try:
+            return super().receive()
+        except ConnectionClosed as closed:
+            raise _reason(closed) from None
 
     def next(self) -> Frame:
         """The next frame that is no QUEUED; an ERROR is raised."""
@@ -87,6 +101,10 @@ class Player(Wire):
         frame.spans = np.array([(s, 0, 0) for s in sequences], np.uint32)
         self.send(frame)
 
+    def close(self) -> None:
+        """CLOSE: the device has no more to do."""
+        self.send(Frame(Kind.CLOSE))
+
     def ended(self) -> PrivateLoraError:
         """The error with which the service ends this session; frames that come before are read away."""
         try:
@@ -94,8 +112,11 @@ class Player(Wire):
                 self.next()
         except PrivateLoraError as error:
             return error
-        except ConnectionClosed as closed:
-            raise AssertionError(f"the service closed without a word: {closed}") from None
+
+
+def _reason(closed: ConnectionClosed) -> PrivateLoraError:
+    assert closed.rcvd is not None, f"the service closed without a word: {closed}"
+    return error_from_code(closed.rcvd.reason, "the service closed the connection")
 
 
 def answer_to(frame: Frame) -> Frame | None:

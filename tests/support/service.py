@@ -69,7 +69,7 @@ class ServiceProcess:
             raise RuntimeError(f"the service did not start:\n{self.log.read_bytes()[begun:].decode()}")
         ready = json.loads(line)
         self.url = ready["url"]
-        self.token = Path(ready["token_file"]).read_text().strip() if "token_file" in ready else self.token
+        self.token = Path(ready["token_file"]).read_text().strip() if ready.get("token_file") else self.token
 
     def kill(self) -> None:
         """SIGKILL: nothing is said to anyone, nothing is cleaned up."""
@@ -104,7 +104,7 @@ def service(
 ) -> Iterator[ServiceProcess]:
     """`privatelora backbone` for a model directory or file, with any of its `options`; one thread of torch."""
     given = ("--model", str(model), "--dtype", dtype, "--data-dir", str(data_dir), "--torch-threads", "1", *options)
-    with _running(BACKBONE, given, data_dir, environment) as running:
+    with running_process(BACKBONE, given, _log_of(data_dir), environment) as running:
         yield running
 
 
@@ -115,18 +115,18 @@ def plane(
     """The data plane with several users, `tokens` by user name, and any field of `DataPlaneSettings`."""
     given = ("--model", str(model), "--dtype", dtype, "--data-dir", str(data_dir))
     given += ("--tokens", json.dumps(tokens), "--settings", json.dumps({"torch_threads": 1} | settings))
-    with _running(PLANE, given, data_dir, None) as running:
+    with running_process(PLANE, given, _log_of(data_dir)) as running:
         running.token = next(iter(tokens.values()))
         yield running
 
 
 @contextmanager
-def _running(
-    module: tuple[str, ...], options: tuple[str, ...], data_dir: Path, environment: Mapping[str, str] | None
+def running_process(
+    module: tuple[str, ...], options: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[ServiceProcess]:
+    """`python -m module options`, with `environment` in place of this process's settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PRIVATELORA_")}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = data_dir.parent / f"{data_dir.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     running = ServiceProcess(module, options, inherited | quiet | dict(environment or {}), log)
     try:
@@ -135,3 +135,7 @@ def _running(
     finally:
         if hasattr(running, "process"):
             running.stop()
+
+
+def _log_of(data_dir: Path) -> Path:
+    return data_dir.parent / f"{data_dir.name}.log"

@@ -41,6 +41,7 @@ class Wire:
             open_timeout=ANSWER_TIMEOUT_S,
         )
         self.session = 0
+        self.moved = [0, 0]  # payload bytes up and down
 
     def __enter__(self) -> Self:
         self.socket = self._connecting.__enter__()
@@ -60,13 +61,16 @@ class Wire:
     def send(self, message: Frame | bytes | str) -> None:
         if isinstance(message, Frame):
             message.session = message.session or self.session
+            self.moved[0] += message.payload_bytes
             message = message.pack()
         self.socket.send(message)
 
     def receive(self) -> Frame:
         data = self.socket.recv(timeout=ANSWER_TIMEOUT_S)
         assert isinstance(data, bytes)
-        return Frame.unpack(data)
+        frame = Frame.unpack(data)
+        self.moved[1] += frame.payload_bytes
+        return frame
 
     def answer(self, message: Frame) -> Frame:
         self.send(message)

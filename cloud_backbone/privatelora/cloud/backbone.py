@@ -39,7 +39,6 @@ class Backbone:
     layers: Mapping[int, LayerWeights]
     tables: RotaryTables
     sets: SetStore
-    default_sets: dict[str, str]
     device: torch.device
     _cut: dict[tuple[str, AdapterSpec], dict[int, InlineWeights]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -60,8 +59,8 @@ class Backbone:
             l: load_layer(parts.parts[f"layer.{l}"], parts.config, device) for l in range(parts.config.num_layers)
         }
         sets = SetStore(data_dir / "sets")
-        default_sets = _default_sets(parts, layers, sets, progress)
-        return cls(parts, layers, RotaryTables(parts.config, dtype=dtype, device=target), sets, default_sets, target)
+        _make_missing_sets(parts, layers, sets, progress)
+        return cls(parts, layers, RotaryTables(parts.config, dtype=dtype, device=target), sets, target)
 
     @property
     def config(self) -> ModelConfig:
@@ -85,6 +84,12 @@ class Backbone:
 
     def set_infos(self) -> list[SetInfo]:
         return self.sets.list(self.parts.model_hash)
+
+    @property
+    def default_sets(self) -> dict[str, str]:
+        """The newest published set of each kind: what new adapters get."""
+        newest = {info.kind: info.sha256 for info in self.set_infos()}
+        return {kind: newest[kind] for kind in KINDS}
 
     def blob_path(self, sha256: str) -> Path | None:
         """File of a downloadable part or set, None for a hash that is not published."""
@@ -132,21 +137,31 @@ def model_shape(config: ModelConfig) -> ModelShape:
     )
 
 
-def _default_sets(
+def calibrate(
+    parts: ModelParts,
+    layers: Mapping[int, LayerWeights],
+    sets: SetStore,
+    progress: Callable[[str], None],
+    max_rank: int = MAX_RANK,
+    seed: int = 0,
+) -> SetInfo:
+    """Make and publish a calibrated set for a model; `seed` chooses the passages of public text."""
+    tokenizer = AutoTokenizer.from_pretrained(parts.directory)
+    embedding = load_embedding(parts.parts["embedding"], parts.config)
+    norm, head = load_final(parts.parts["final"], parts.config)
+    made = calibrated_set(
+        parts.config, layers, embedding, norm, embedding if head is None else head, tokenizer, max_rank,
+        lambda done: progress(f"calibrating the adapter set on public text: {done:.0%}"), seed,
+    )  # fmt: skip
+    return sets.publish(made, "calibrated", parts.model_hash)
+
+
+def _make_missing_sets(
     parts: ModelParts, layers: Mapping[int, LayerWeights], sets: SetStore, progress: Callable[[str], None]
-) -> dict[str, str]:
-    """The newest published set of each kind; what is missing is made now, once."""
-    newest = {info.kind: info.sha256 for info in sets.list(parts.model_hash)}
-    if "random" not in newest:
-        made = random_set(parts.config, MAX_RANK, RANDOM_SEED)
-        newest["random"] = sets.publish(made, "random", parts.model_hash).sha256
-    if "calibrated" not in newest:
-        tokenizer = AutoTokenizer.from_pretrained(parts.directory)
-        embedding = load_embedding(parts.parts["embedding"], parts.config)
-        norm, head = load_final(parts.parts["final"], parts.config)
-        made = calibrated_set(
-            parts.config, layers, embedding, norm, embedding if head is None else head, tokenizer, MAX_RANK,
-            lambda done: progress(f"calibrating the adapter set on public text: {done:.0%}"),
-        )  # fmt: skip
-        newest["calibrated"] = sets.publish(made, "calibrated", parts.model_hash).sha256
-    return {kind: newest[kind] for kind in KINDS}
+) -> None:
+    """A set of each kind that was not published yet."""
+    kinds = {info.kind for info in sets.list(parts.model_hash)}
+    if "random" not in kinds:
+        sets.publish(random_set(parts.config, MAX_RANK, RANDOM_SEED), "random", parts.model_hash)
+    if "calibrated" not in kinds:
+        calibrate(parts, layers, sets, progress)

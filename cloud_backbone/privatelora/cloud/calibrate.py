@@ -9,6 +9,7 @@ takes part. Runs once, at a service's first start, and `sets.py` keeps the resul
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 
 import torch
@@ -37,9 +38,13 @@ def calibrated_set(
     tokenizer: PreTrainedTokenizerBase,
     max_rank: int,
     progress: Callable[[float], None] = lambda done: None,
+    seed: int = 0,
 ) -> dict[int, SetLayer]:
-    """Compute A and B of every layer up to `max_rank`; `progress` is told the share that is done, 0..1."""
-    windows = _public_windows(tokenizer)  # (WINDOWS, WINDOW_TOKENS)
+    """Compute A and B of every layer up to `max_rank`; `progress` is told the share that is done, 0..1.
+
+    `seed` chooses other passages of the text; 0 takes its beginning.
+    """
+    windows = _public_windows(tokenizer, seed)  # (WINDOWS, WINDOW_TOKENS)
     tables = RotaryTables(config, dtype=embedding.dtype)
     sizes = [config.q_size, config.kv_size, config.kv_size]
     inputs = [torch.zeros(config.hidden_size, config.hidden_size) for _ in layers]
@@ -63,11 +68,14 @@ def calibrated_set(
     return found
 
 
-def _public_windows(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _public_windows(tokenizer: PreTrainedTokenizerBase, seed: int) -> Tensor:
     from pydoc_data.topics import topics
 
     wanted = WINDOWS * WINDOW_TOKENS
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    names = sorted(topics)
+    if seed:
+        random.Random(seed).shuffle(names)
+    text = "\n\n".join(topics[name] for name in names)
     tokens = tokenizer(text[: 16 * wanted], add_special_tokens=False)["input_ids"]
     tokens = (tokens * (1 + wanted // len(tokens)))[:wanted]  # a coarse tokenizer may need the text twice
     return torch.tensor(tokens).view(WINDOWS, WINDOW_TOKENS)

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi.requests import HTTPConnection
 from fastapi.responses import FileResponse
 
 from privatelora.cloud.admission import Principal
@@ -39,6 +40,7 @@ from privatelora.protocol.errors import (
     ConnectionLostError,
     PrivateLoraError,
     ProtocolError,
+    QuotaError,
     ServiceError,
 )
 from privatelora.protocol.frames import HEADER, KIND_AT, Frame, Kind
@@ -58,16 +60,29 @@ log = structlog.get_logger("privatelora.cloud")
 
 IDLE_LOOK_S = 0.5  # until the next look at a device that is silent because it waits for the service
 WAITING_CONNECTIONS = 64  # that have no session yet, besides those that have one
-STATUS_OF = {AuthenticationError.code: 401, AdmissionError.code: 429, ServiceError.code: 500}
+STATUS_OF = {
+    AuthenticationError.code: 401,
+    AdmissionError.code: 429,
+    QuotaError.code: 429,
+    ServiceError.code: 500,
+}
 
 
-def authenticate(request: Request) -> Principal:
+async def authenticate(connection: HTTPConnection) -> Principal:
     """FastAPI dependency: the owner of the request's bearer token; raises `AuthenticationError`."""
-    plane: DataPlane = request.app.state.plane
-    return plane.admission.authenticate(_bearer(request.headers.get("authorization")))
+    plane: DataPlane = connection.app.state.plane
+    address = connection.client.host if connection.client else ""
+    return await plane.admission.authenticate(_bearer(connection.headers.get("authorization")), address)
 
 
 Owner = Annotated[Principal, Depends(authenticate)]
+
+
+def observer(owner: Owner) -> Principal:
+    """FastAPI dependency: an owner who may read what the whole process does; raises `AuthenticationError`."""
+    if not owner.observes:
+        raise AuthenticationError("this key sees what is its own; ask the operator for a key that may read metrics")
+    return owner
 
 
 def create_app(plane: DataPlane) -> FastAPI:
@@ -93,7 +108,7 @@ def create_app(plane: DataPlane) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/metrics")
-    async def metrics(owner: Owner) -> Response:
+    async def metrics(owner: Annotated[Principal, Depends(observer)]) -> Response:
         return Response(plane.metrics.prometheus_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get(INFO_PATH)
@@ -110,7 +125,7 @@ def create_app(plane: DataPlane) -> FastAPI:
     @app.websocket(DATA_PLANE_PATH)
     async def sessions(websocket: WebSocket) -> None:
         try:
-            owner = plane.admission.authenticate(_bearer(websocket.headers.get("authorization")))
+            owner = await authenticate(websocket)
             plane.check_serving()
             plane.check_room(plane.connections, plane.settings.max_sessions + WAITING_CONNECTIONS)
         except PrivateLoraError as error:
@@ -138,12 +153,15 @@ class Connection:
         self.write = self.socket.write
         self.session: Session | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reason = "left"  # why the session ends: without a word, unless something is said
 
     async def run(self) -> None:
         """Serve until the device leaves, breaks a rule or falls silent."""
         try:
             await self._serve()
         except Exception as error:  # noqa: BLE001 (whatever it was ends this session only, and is told and logged)
+            if not isinstance(error, WebSocketDisconnect):
+                self._reason = error.code if isinstance(error, PrivateLoraError) else ServiceError.code
             await self._refuse(error)
         finally:
             self._end()
@@ -214,6 +232,7 @@ class Connection:
             return
         try:
             if len(data) == HEADER.size and data[KIND_AT] == Kind.CLOSE:
+                self._reason = "closed"
                 self._over.set_result(None)
             elif self.session is None:
                 raise ProtocolError("a frame came before OPENED was sent; wait for it")
@@ -241,8 +260,10 @@ class Connection:
     def _end(self) -> None:
         self._over.cancel()
         if self.session is not None:
-            self.plane.close(self.session)
-            log.info("session closed", session=self.session.id, tokens=self.session.tokens)
+            self.plane.close(self.session, self._reason)
+            log.info(
+                "session closed", session=self.session.id, tokens=self.session.tokens, reason=self.session.end_reason
+            )
 
 
 class DrainingServer(uvicorn.Server):
@@ -265,7 +286,7 @@ class DrainingServer(uvicorn.Server):
 
 def server(
     plane: DataPlane, host: str, port: int, certfile: str | None = None, keyfile: str | None = None
-) -> uvicorn.Server:
+) -> DrainingServer:
     """A uvicorn server for `plane`; TLS if a certificate is given."""
     try:
         config = uvicorn.Config(

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import structlog
 
-from privatelora.cloud.admission import Admission, Principal, Quota, Unmetered
+from privatelora.cloud.admission import Admission, Meter, Principal, Quota, Unmetered
 from privatelora.cloud.backbone import Backbone
 from privatelora.cloud.cost import row_bytes
 from privatelora.cloud.engine import Engine
@@ -144,13 +144,22 @@ class DataPlane:
         """A session for `peer`, once there is room; raises what makes it impossible, or that the line is full."""
         self.check_serving()
         self._check_placement(request.placement)
+        number = secrets.randbits(63) | 1
+        meter = await self.quota.open(peer.owner, number, request)
+        try:
+            return await self._room_for(peer, request, number, meter)
+        except BaseException as error:
+            meter.close(getattr(error, "code", "left"))
+            raise
+
+    async def _room_for(self, peer: Peer, request: OpenRequest, number: int, meter: Meter) -> Session:
         if self._has_room() and not len(self.line):
-            return self._open(peer, request)
+            return self._open(peer, request, number, meter)
         opened: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
 
         def enter() -> None:
             try:
-                opened.set_result(self._open(peer, request))
+                opened.set_result(self._open(peer, request, number, meter))
             except Exception as error:  # noqa: BLE001 (it is the waiting connection's, which raises it)
                 opened.set_exception(error)
 
@@ -162,31 +171,34 @@ class DataPlane:
         except asyncio.CancelledError:
             self.line.leave(waiter)
             if opened.done() and not opened.cancelled() and opened.exception() is None:
-                self.close(opened.result())  # it came too late
+                self.close(opened.result(), "left")  # it came too late
             raise
         finally:
             self.metrics.counted.admission_seconds["session"].observe(time.perf_counter() - started)
 
-    def _open(self, peer: Peer, request: OpenRequest) -> Session:
+    def _open(self, peer: Peer, request: OpenRequest, number: int, meter: Meter) -> Session:
         self.check_serving()
         session = Session(
-            secrets.randbits(63) | 1,
+            number,
             peer.owner.user,
             request,
             self.resources,
             peer.write,
-            lambda up, down: self.quota.spend(peer.owner, up, down),
+            meter,
             peer.fail,
             peer.socket,
         )
         self.sessions[session.id] = session
+        meter.begin(session)
         return session
 
     def _has_room(self) -> bool:
         return len(self.sessions) < self.settings.max_sessions
 
-    def close(self, session: Session) -> None:
-        """End a session; the next in the line has its place."""
+    def close(self, session: Session, reason: str = "closed") -> None:
+        """End a session, for a reason that its meter is told; the next in the line has its place."""
+        if not session.closed:
+            session.end_reason = reason
         session.close()
         if self.sessions.pop(session.id, None) is not None:
             self.line.advance()
@@ -232,7 +244,7 @@ class DataPlane:
         log.info("session given up", session=session.id, parked=session.parked, held_bytes=session.held_bytes)
         self.metrics.counted.evicted += 1
         session.ended(AdmissionError(why, retry_after_s=COME_BACK_S))
-        self.close(session)
+        self.close(session, "memory")
 
     # -- the life of the process ---------------------------------------------------------------------------------------
 
@@ -261,7 +273,7 @@ class DataPlane:
             for session in list(self.sessions.values()):
                 if late or not session.passes:
                     session.ended(stopping())
-                    self.close(session)
+                    self.close(session, "stopped")
             await asyncio.sleep(DRAIN_LOOK_S)
         log.info("drained")
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from privatelora.cloud.active import ActivePass, Key
+from privatelora.cloud.admission import Meter
 from privatelora.cloud.checks import check_spans, check_tensor, selected_rows, way_of
 from privatelora.cloud.passes import PHASES, Account, Due, Pass, Way
 from privatelora.cloud.resources import Resources
@@ -34,31 +35,13 @@ from privatelora.protocol.errors import (
 from privatelora.protocol.frames import ADDRESS, HEADER, NO_LAYER, VERSION, Frame, Kind, Phase, Selection
 from privatelora.protocol.messages import OpenRequest, Queued, control_frame
 
-Key = tuple[int, int]
-"""(step, stream)"""
-
-
-@dataclass(eq=False)
-class ActivePass:
-    """A pass between its first frame and its last.
-
-    held_bytes : what it has taken of the memory; waiter : its place in the line for that.
-    """
-
-    key: Key
-    phase: Phase
-    sequences: tuple[int, ...]
-    work: Pass
-    began_at: float
-    held_bytes: int = 0
-    waiter: Waiter | None = None
-
 
 @dataclass(eq=False)
 class Session:
     """What the service knows of one connected device.
 
-    send : writes one message (header, payload) to the device; spend : counts payload bytes up and down.
+    send : writes one message (header, payload) to the device.
+    meter : counts payload bytes and tokens, and says whether a pass may begin.
     ended : is told the error that ends the session.
     socket : stops and goes on reading from the device.
     """
@@ -68,7 +51,7 @@ class Session:
     request: OpenRequest
     resources: Resources
     send: Callable[[bytes, memoryview | bytes], None]
-    spend: Callable[[int, int], None]
+    meter: Meter
     ended: Callable[[BaseException], None]
     socket: Socket
     account: Account = field(default_factory=Account)
@@ -77,7 +60,9 @@ class Session:
     tokens: int = 0  # that went through the service's layers
     heard_at: float = field(default_factory=time.perf_counter)
     closed: bool = False
+    end_reason: str = "closed"
     parked: bool = False
+    leaving: PrivateLoraError | None = None  # why it takes no new step, and ends with the last pass
     _due: dict[bytes, ActivePass] = field(default_factory=dict)  # by the header of the frame that is due
     _of: dict[Pass, ActivePass] = field(default_factory=dict)
     _with_us: int = 0  # passes that wait for nothing from the device
@@ -144,8 +129,7 @@ class Session:
         if self.closed and not any(active.work.running for active in self.passes.values()):
             held = self.held_bytes
             for work in self._of:
-                with suppress(PrivateLoraError):  # it ends here in any case
-                    self.spend(work.moved_up, work.moved_down)
+                self.meter.spend(work.moved_up, work.moved_down)
             for active in self.passes.values():
                 active.work.forget()
             for cache in self.caches.values():
@@ -154,6 +138,21 @@ class Session:
             self._of.clear()
             self.caches.clear()
             self.resources.memory.give(held)
+            self.meter.close(self.end_reason)
+
+    def drain(self, error: PrivateLoraError) -> None:
+        """Take no new step, and end with this error once the running passes are over."""
+        self.leaving = error
+        if not self.passes:
+            self.ended(error)
+
+    def slow_down(self) -> None:
+        """Its device is held back for a while: nobody waits for it."""
+        self._forget()
+
+    def view(self) -> list[dict[str, str | int]]:
+        """Its passes as the layer scheduler has them: phase, step, stream, tokens, layer, and what each waits for."""
+        return [active.view() for active in self.passes.values()]
 
     def _forget(self) -> None:
         """The scheduler does not count on this session any more."""
@@ -177,7 +176,7 @@ class Session:
         """What was due of a pass has come."""
         work = active.work
         work.due, work.answer, work.answer_shape = None, payload, due.shape
-        self.spend(due.nbytes, 0)
+        self.meter.spend(due.nbytes, 0)
         self.engine.counted.device_seconds[due.point.way].observe(self.heard_at - work.told_at)
         if not work.direct:
             self._computing(1)
@@ -204,7 +203,7 @@ class Session:
         key = (frame.step, frame.stream)
         active = self.passes.get(key)
         if frame.kind is Kind.HIDDEN and frame.phase is not Phase.BACKWARD and active is None:
-            self.spend(frame.payload_bytes, 0)
+            self.meter.spend(frame.payload_bytes, 0)
             self._begin(key, frame)
             return
         due = active.work.due if active else None
@@ -258,11 +257,12 @@ class Session:
                 )
         if step != self._step or not self.passes:
             self.resources.check_serving()  # a step that has begun may be finished
+            if self.leaving is not None:
+                raise self.leaving
         caches = self._caches_for(sequences) if frame.phase is Phase.GENERATE else None
         if step != self._step:
             self._step, self._begun = step, set()
         self._begun.add(stream)
-        self.tokens += n
         end = self.placement.cloud_layers(self.backbone.config.num_layers).stop
         way = way_of(frame.phase, single=n == len(lengths))
         direct = way is Way.DECODE and not any(active.work.direct for active in self.passes.values())
@@ -277,7 +277,7 @@ class Session:
 
     def _admit(self, active: ActivePass) -> None:
         """Take what the pass must keep, and go on; or wait for it."""
-        work, memory, pool = active.work, self.resources.memory, self.resources.pool
+        work, pool = active.work, self.resources.pool
         ends = [start + length for start, length in zip(work.starts, work.lengths, strict=True)]
         blocks = sum(cache.missing(end) for cache, end in zip(work.caches or (), ends, strict=False))
         own = self.resources.pass_bytes(work.way, work.n, self.placement)
@@ -287,12 +287,18 @@ class Session:
             if active.waiter is not None:
                 waited = time.perf_counter() - active.began_at
                 self.engine.counted.admission_seconds["memory"].observe(waited)
-            memory.take(needed)
+            self.resources.memory.take(needed)
             active.held_bytes, active.waiter = own, None
             for cache, end in zip(work.caches or (), ends, strict=False):
                 cache.reserve(end)
             self.engine.submit(work, work.first_point)
 
+        self.meter.admit(work.n, needed, lambda: self._find_room(active, needed, enter))
+
+    def _find_room(self, active: ActivePass, needed: int, enter: Callable[[], None]) -> None:
+        """`enter` once there are `needed` bytes of memory."""
+        work, memory = active.work, self.resources.memory
+        self.tokens += work.n
         if needed > memory.total_bytes:
             raise ConfigurationError(
                 f"this pass of {work.n} tokens must keep {needed / 2**20:.3g} MiB, and the service has "
@@ -316,14 +322,18 @@ class Session:
             )
         else:
             waiter = active.waiter = Waiter(
-                lambda: memory.fits(needed), enter, self.ended, lambda *place: self._tell(active, *place), needed
+                lambda: memory.fits(needed), enter, self.ended, lambda *place: self._tell(active.key, *place), needed
             )
             memory.line.join(waiter)
 
-    def _tell(self, active: ActivePass, place: int, waiting: int) -> None:
-        """QUEUED: the pass has no memory yet."""
+    def tell_waiting(self) -> None:
+        """QUEUED: the device is held back, and not forgotten."""
+        self._tell((0, 0), 1, 1)
+
+    def _tell(self, key: Key, place: int, waiting: int) -> None:
+        """QUEUED: a pass has no memory yet, or may not go on yet."""
         frame = control_frame(Kind.QUEUED, Queued(place=place, waiting=waiting), self.id)
-        frame.step, frame.stream = active.key
+        frame.step, frame.stream = key
         self.send(frame.pack(), b"")
 
     # -- frames that go ------------------------------------------------------------------------------------------------
@@ -349,8 +359,10 @@ class Session:
             active.began_at = one.told_at
         up, down = one.moved_up, one.moved_down
         one.moved_up = one.moved_down = 0
-        self.spend(up, down + len(data))
+        self.meter.spend(up, down + len(data))
         self.send(header, data)
+        if self.leaving is not None and not self.passes:
+            self.ended(self.leaving)
 
     def fail(self, error: BaseException) -> None:
         """One of the passes cannot go on, and with it the session."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,11 @@ from privatelora.platform.console import Spinner, columns, print_table
 from privatelora.protocol.errors import PrivateLoraError
 from privatelora.protocol.placement import NAMES
 
+if TYPE_CHECKING:
+    from privatelora.platform.settings import Settings
+
 MODEL_PANEL, ADDRESS_PANEL, SESSION_PANEL, OUTPUT_PANEL = "Model", "Address", "Sessions", "Output"
+CONTROL_PANEL = "Control plane"
 
 app = typer.Typer(
     help="Host one frozen language model that many devices personalise without handing over their data.",
@@ -58,6 +62,13 @@ Host = Annotated[
 ]
 Port = Annotated[
     int | None, typer.Option("--port", help="Port, 8765 unless set; 0 takes a free one.", rich_help_panel=ADDRESS_PANEL)
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(help="postgresql://user@host/name or sqlite:////file.", rich_help_panel=CONTROL_PANEL),
+]
+ValkeyUrl = Annotated[
+    str | None, typer.Option(help="redis://host:port of a Valkey or Redis.", rich_help_panel=CONTROL_PANEL)
 ]
 AsJson = Annotated[
     bool,
@@ -185,6 +196,24 @@ def backbone(
     )
 
 
+@app.command()
+def worker(database_url: DatabaseUrl = None, valkey_url: ValkeyUrl = None, data_dir: DataDir = None) -> None:
+    """Run jobs: one process of the control plane, of which there may be many."""
+    settings = _settings({"database_url": database_url, "valkey_url": valkey_url, "data_dir": data_dir})
+    from privatelora.platform.queue import run_worker
+
+    run_worker(settings, lambda: print(json.dumps({"ready": "worker"}), flush=True))
+
+
+@app.command()
+def beat(database_url: DatabaseUrl = None, valkey_url: ValkeyUrl = None) -> None:
+    """Wake workers by the clock: one process of the control plane, of which there should be one."""
+    settings = _settings({"database_url": database_url, "valkey_url": valkey_url})
+    from privatelora.platform.queue import run_beat
+
+    run_beat(settings, lambda: print(json.dumps({"ready": "beat"}), flush=True))
+
+
 @app.command(
     epilog="Examples:\n\n  privatelora demo\n\n  privatelora demo --placement one-trip --output one-trip-out",
 )
@@ -298,6 +327,16 @@ def main() -> None:
         sys.exit(2)
 
 
+def _settings(options: dict[str, Any]) -> Settings:
+    """Settings of a process of the control plane, whose log is set up by them."""
+    from privatelora.platform.logs import configure_logging
+    from privatelora.platform.settings import load_settings
+
+    settings = load_settings(options)
+    configure_logging(settings.log_level, settings.log_format)
+    return settings
+
+
 def _serve(options: dict[str, Any], as_json: bool) -> None:
     from privatelora.platform.settings import load_settings
 
@@ -312,11 +351,14 @@ def _serve(options: dict[str, Any], as_json: bool) -> None:
     def ready(service: Ready) -> None:
         progress.stop()
         if as_json:
-            print(json.dumps({"url": service.url, "token_file": str(service.token_file)}), flush=True)
+            print(
+                json.dumps({"url": service.url, "token_file": str(service.token_file) if service.token_file else None}),
+                flush=True,
+            )
             return
         rows = {
             "URL": f"[bold green]{service.url}[/bold green]",
-            "token file": str(service.token_file),
+            "token file": str(service.token_file or "-"),
             "placement": f"{service.default_placement} unless a session names another",
             "try": f"privatelora-device finetune notes.jsonl --server {service.url}",
         }

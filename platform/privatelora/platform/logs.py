@@ -14,7 +14,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
 # Libraries whose ordinary progress the service tells in its own lines.
-QUIET = {"uvicorn": logging.WARNING, "httpx": logging.WARNING, "filelock": logging.WARNING}
+QUIET = dict.fromkeys(("uvicorn", "httpx", "httpx2", "filelock", "alembic", "celery", "kombu"), logging.WARNING)
 
 
 def configure_logging(level: str, form: str) -> None:

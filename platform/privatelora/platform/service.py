@@ -1,10 +1,12 @@
-"""The service in this process: loads the frozen model, opens its port and serves the data plane until it is stopped.
+"""A backbone in this process: loads the frozen model, opens its port and serves the data plane until it is stopped.
 
     Settings -> socket -> Backbone (published model, adapter sets) -> DataPlane -> uvicorn
+                          Gate (database, Valkey) ------------------^    where there is a control plane
 
-`serve` is what `privatelora up` and `privatelora backbone` run; `ready` is told the address once connections are
-answered. The port is taken before the model is loaded, so that one in use is reported at once, and a device that comes
-while the model loads waits instead of being refused.
+`serve` is what `privatelora backbone` runs, alone or as one of the processes of `privatelora up`; `ready` is told the
+address once connections are answered. Alone it knows one token, which it keeps in a file; with a control plane the
+database says who may connect. The port is taken before the model is loaded, so that one in use is reported at once, and
+a device that comes while the model loads waits instead of being refused.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ import uvicorn
 
 from privatelora.cloud.admission import TokenAdmission, local_token
 from privatelora.cloud.backbone import Backbone
-from privatelora.cloud.endpoint import server
+from privatelora.cloud.endpoint import DrainingServer, server
 from privatelora.cloud.plane import DataPlane, DataPlaneSettings
+from privatelora.platform import valkey
+from privatelora.platform.database import Database
+from privatelora.platform.gate import Gate
 from privatelora.platform.models import source_of
 from privatelora.platform.settings import Settings
 from privatelora.protocol.errors import ConfigurationError
@@ -42,7 +47,7 @@ class Ready:
     """A service that accepts connections."""
 
     url: str
-    token_file: Path
+    token_file: Path | None  # None where the control plane knows the keys
     model: str
     layers: int
     dtype: str
@@ -56,8 +61,8 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
     fit the model; and what loading the model raises.
     """
     with _stopped_by_signals(), _listening(settings.host, settings.port) as listener:
-        token_file = token_path(settings.data_dir)
-        admission = TokenAdmission({local_token(token_file): LOCAL_USER})
+        gate = _gate(settings)
+        token_file = token_path(settings.data_dir) if gate is None else None
         backbone = Backbone.load(
             source_of(settings.model),
             settings.data_dir,
@@ -66,7 +71,11 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
             progress,
         )
         depth = backbone.config.num_layers
-        plane = DataPlane(backbone, admission, _data_plane_settings(settings, depth))
+        plane_settings = _data_plane_settings(settings, depth)
+        if gate is not None:
+            plane = DataPlane(backbone, gate, plane_settings, gate)
+        else:
+            plane = DataPlane(backbone, TokenAdmission(_local_tokens(settings)), plane_settings)
         tls = (str(settings.certfile), str(settings.keyfile)) if settings.certfile else (None, None)
         running = server(plane, settings.host, settings.port, *tls)
         address = Ready(
@@ -78,7 +87,26 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
             default_placement=plane.settings.default_placement,
         )
         with asyncio.Runner(loop_factory=running.config.get_loop_factory()) as runner:
-            runner.run(_run(running, listener, lambda: ready(address)))
+            if gate is None:
+                runner.run(_run(running, listener, lambda: ready(address)))
+            else:
+                public = (settings.public_url or address.url).rstrip("/")
+                runner.run(_run_with(gate, public, running, listener, lambda: ready(address)))
+
+
+def _local_tokens(settings: Settings) -> dict[str, str]:
+    return {local_token(token_path(settings.data_dir)): LOCAL_USER}
+
+
+def _gate(settings: Settings) -> Gate | None:
+    """The control plane's end here, if there is a control plane; raises `ConfigurationError` if it is not reached."""
+    if settings.database_url is None or settings.valkey_url is None:
+        return None
+    database = Database(settings.database_url)
+    database.check()
+    client = valkey.connect(settings.valkey_url)
+    valkey.check(client, settings.valkey_url)
+    return Gate(database, client, settings)
 
 
 async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:
@@ -88,6 +116,24 @@ async def _run(running: uvicorn.Server, listener: socket.socket, ready: Callable
     if running.started:
         ready()
     await serving
+
+
+async def _run_with(
+    gate: Gate, url: str, running: DrainingServer, listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    """`_run` beside the gate, whose last words come when the last session has ended; one that fails ends the server."""
+    await gate.enter(running.plane, url)
+    beside = asyncio.create_task(gate.run())
+    beside.add_done_callback(lambda task: setattr(running, "should_exit", True))
+    try:
+        await _run(running, listener, ready)
+    finally:
+        if not beside.done():
+            beside.cancel()
+        (failure,) = await asyncio.gather(beside, return_exceptions=True)
+        await gate.leave()
+    if isinstance(failure, Exception):
+        raise failure
 
 
 class _Stop(Exception):

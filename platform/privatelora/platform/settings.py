@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from privatelora.platform.models import BUNDLED
@@ -68,6 +68,44 @@ class Settings(BaseSettings):
     busy_poll_ms: float = Field(
         default=1.0, ge=0, le=20, description="milliseconds to stay awake for a device that answers within them"
     )
+    database_url: str | None = Field(
+        default=None, description="control plane's database, postgresql:// or sqlite:///; unset: a token file only"
+    )
+    valkey_url: str | None = Field(
+        default=None, description="Valkey or Redis of leases, events and Celery, redis://; needed with database_url"
+    )
+    broker_url: str | None = Field(default=None, description="Celery's broker; unset is valkey_url")
+    public_url: str | None = Field(
+        default=None, description="URL at which devices reach this backbone; unset is where it listens"
+    )
+    backbone_port: int = Field(
+        default=0, ge=0, le=65535, description="port of the backbone that `up` starts; 0 takes a free one"
+    )
+    requests_per_minute: int = Field(default=1200, ge=1, description="REST requests of one key, per API process")
+    wrong_keys_per_minute: int = Field(
+        default=30, ge=1, description="requests with a wrong key from one address before it must wait, per process"
+    )
+    lease_bytes: int = Field(
+        default=4 << 20, ge=1, description="most bytes of a quota that a backbone holds, or has not written yet"
+    )
+    lease_tokens: int = Field(default=4000, ge=1, description="most tokens of a quota that a backbone holds")
+    slot_s: float = Field(
+        default=15.0, gt=1, description="seconds after which the slot of a session whose backbone is gone is free"
+    )
+    flush_s: float = Field(default=2.0, gt=0, description="seconds between two additions of usage to the database")
+    watch_s: float = Field(
+        default=0.5, gt=0, le=1, description="seconds between two looks at revoked keys and ended sessions"
+    )
+    sample_s: float = Field(default=10.0, gt=0, description="seconds between two points of the metrics' time series")
+    webhook_secret: SecretStr | None = Field(
+        default=None, description="key with which webhooks are signed (HMAC-SHA256)"
+    )
+    job_lease_s: float = Field(
+        default=60.0, gt=0, description="seconds after which a job's silent holder is taken for gone"
+    )
+    retention_days: int = Field(
+        default=90, ge=1, description="days that ended sessions, jobs and metrics are kept; audit and usage stay"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
     log_format: Literal["console", "json"] = Field(default="console", description="how log lines are written")
 
@@ -90,6 +128,13 @@ class Settings(BaseSettings):
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("needs an Nvidia GPU, and torch finds none here; use cpu")
         return name
+
+    @field_validator("database_url", "valkey_url", "broker_url", "public_url")
+    @classmethod
+    def _is_url(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"[a-z0-9+]+://", url):
+            raise ValueError("is not a URL; write scheme://host/name")
+        return url
 
     @field_validator("placements", mode="before")
     @classmethod
@@ -124,6 +169,8 @@ class Settings(BaseSettings):
         for name, path in (("certfile", self.certfile), ("keyfile", self.keyfile)):
             if path is not None and not path.is_file():
                 raise ValueError(f"{name} {path} does not exist")
+        if self.database_url is not None and self.valkey_url is None:
+            raise ValueError("database_url is set without valkey_url; the control plane needs both")
         if "custom" not in self.placements and self.default_placement not in self.placements:
             raise ValueError(
                 f"default_placement {self.default_placement} is not among the placements {' '.join(self.placements)}"
@@ -158,7 +205,7 @@ def origins(settings: Settings, options: Mapping[str, Any] | None = None) -> lis
     """Every setting with its value and where it came from: an option, a variable, or the default."""
     given = _given(options)
     return [
-        Origin(name, _shown(getattr(settings, name)), _source(name, given), field.description or "")
+        Origin(name, without_password(_shown(getattr(settings, name))), _source(name, given), field.description or "")
         for name, field in Settings.model_fields.items()
     ]
 
@@ -169,6 +216,11 @@ def unknown_variables() -> list[str]:
     return sorted(
         name for name in os.environ if name.startswith(PREFIX) and name.removeprefix(PREFIX).upper() not in known
     )
+
+
+def without_password(text: str) -> str:
+    """A URL as it may be shown: what stands between its user and its host is hidden."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", text)
 
 
 def _given(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -182,7 +234,7 @@ def _problem(detail: dict[str, Any], given: Mapping[str, Any]) -> str:
         return reason
     name = str(detail["loc"][0])
     where = _option(name) if name in given else f"{PREFIX}{name.upper()}"
-    return f"{where}={detail['input']!s}: {reason}"
+    return f"{where}={without_password(str(detail['input']))}: {reason}"
 
 
 def _source(name: str, given: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@
     ├── BudgetError                 a time or byte budget is spent
     ├── AuthenticationError         the token is missing, wrong or not allowed this
     ├── AdmissionError              the service has no room now (`retry_after_s`)
+    │   └── QuotaError              an allowance is spent until it resets (`retry_after_s`)
+    ├── SessionEndedError           the operator ended the session
     ├── IncompatibleError           versions, model or adapter set do not fit together
     ├── ConnectionLostError         the service cannot be reached, or went away
     ├── ProtocolError               a frame broke the rules of the wire
@@ -73,6 +75,18 @@ class AdmissionError(PrivateLoraError):
     code = "admission"
 
 
+class QuotaError(AdmissionError):
+    """An allowance of the caller's plan, team, user or key is spent; `retry_after_s` says when it resets."""
+
+    code = "quota"
+
+
+class SessionEndedError(PrivateLoraError):
+    """The operator ended the session on purpose; what the device had finished is kept."""
+
+    code = "session_ended"
+
+
 class IncompatibleError(PrivateLoraError):
     """Protocol versions, model or adapter set do not fit together."""
 
@@ -107,6 +121,8 @@ _BY_CODE: dict[str, type[PrivateLoraError]] = {
         BudgetError,
         AuthenticationError,
         AdmissionError,
+        QuotaError,
+        SessionEndedError,
         IncompatibleError,
         ConnectionLostError,
         ProtocolError,

@@ -20,6 +20,7 @@ DATA_PLANE_PATH = "/v1/sessions"
 BLOB_PATH = "/v1/blobs"  # + /{sha256}: model parts, tokenizer files and adapter sets, all named by content
 
 Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Installation = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 
 
 class Blob(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,6 +84,7 @@ class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
     spec: AdapterSpec
     placement: Placement
     wire_dtype: str
+    device: Installation | None = None  # the random number of this installation, by which a control plane knows it
 
 
 class Opened(msgspec.Struct, frozen=True, kw_only=True):

@@ -229,8 +229,8 @@ def _message(content: bytes, up: bool) -> Message | None:
 
 def _websocket_frame(content: bytes) -> bytes:
     """A short binary message as a service writes it: whole, without a mask."""
-    assert len(content) < 126
-    return bytes([0x82, len(content)]) + content
+    size = len(content)
+    return bytes([0x82, size] if size < 126 else [0x82, 126, *size.to_bytes(2, "big")]) + content
 
 
 def _read_head(source: socket.socket) -> bytes:

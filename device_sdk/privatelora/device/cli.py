@@ -1,6 +1,7 @@
 """`privatelora-device`: what a device owner types. Options become one `DeviceSession`, a command one of its verbs.
 
     finetune, chat, eval, info, export  ->  DeviceSession.finetune, .stream, .evaluate, its announcement, .export_peft
+    agent                               ->  agent.Agent: jobs that operators ask for and the owner's policy allows
 
 Errors of the tree become one line and exit status 2; Ctrl-C ends with 130. Training data are read by the SDK only.
 """
@@ -8,6 +9,7 @@ Errors of the tree become one line and exit status 2; Ctrl-C ends with 130. Trai
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import typer
 from rich.console import Console
 
 from privatelora.device.cli_options import Common, with_common
+from privatelora.protocol import local
 from privatelora.protocol.errors import DataError, PrivateLoraError
 
 if TYPE_CHECKING:
@@ -76,6 +79,12 @@ def finetune(
             "--resume", help="Go on from the last step of a fine-tune that was cut off.", rich_help_panel=TRAINING
         ),
     ] = False,
+    on_quota: Annotated[
+        str,
+        typer.Option(
+            help="Where an allowance of the service is spent: stop, or wait until it resets.", rich_help_panel=BUDGET
+        ),
+    ] = "stop",
     max_minutes: Annotated[
         float | None,
         typer.Option(min=0, help="Stop after this time; what was learned is kept.", rich_help_panel=BUDGET),
@@ -111,6 +120,7 @@ def finetune(
                 max_bytes=None if max_megabytes is None else int(1e6 * max_megabytes),
                 seed=seed,
                 resume=resume,
+                on_quota=on_quota,
             )
         except KeyboardInterrupt:
             last = progress.last
@@ -229,6 +239,50 @@ def export(
     print(f"{directory}: load it with peft.PeftModel.from_pretrained(model, {str(directory)!r})")
 
 
+@app.command(
+    epilog="Examples:\n\n  privatelora-device agent --example-policy > policy.toml\n\n"
+    "  privatelora-device agent --policy policy.toml\n\n  privatelora-device agent --policy policy.toml --dry-run",
+)
+@with_common
+def agent(
+    common: Common,
+    policy: Annotated[Path, typer.Option(help="What you agree to: which jobs, on which data, when, how much.")] = Path(
+        "policy.toml"
+    ),
+    device_name: Annotated[str, typer.Option(help="What the operator sees this device called.")] = "",
+    once: Annotated[bool, typer.Option("--once", help="Do what is offered now, and end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what the policy answers to what is offered now.")
+    ] = False,
+    example_policy: Annotated[
+        bool, typer.Option("--example-policy", help="Print a policy to begin with, and end.")
+    ] = False,
+) -> None:
+    """Run jobs that the operator asks for and your policy allows; they see numbers, never text or tensors.
+
+    Without the kind of a job in your policy, nothing of it runs. Ctrl-C ends after the present step, and the job goes
+    on from there another time.
+    """
+    from privatelora.device.policy import EXAMPLE, Policy
+
+    if example_policy:
+        print(EXAMPLE, end="")
+        return
+    Policy.read(policy)
+    from privatelora.device.agent import Agent
+
+    with common.control() as control:
+        worker = Agent(control, policy, common.session, local.store_dir(), _note, device_name)
+        if dry_run:
+            for offer, refusal in worker.answers():
+                print(f"{offer.kind} {offer.id}: {'would run' if refusal is None else refusal}")
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: worker.stop())
+        _note(f"waiting for jobs at {common.server}, as {policy} allows")
+        worker.run(once)
+
+
 def main() -> None:
     """The `privatelora-device` script: one line and exit status 2 for every error of the tree."""
     try:
@@ -271,7 +325,7 @@ class Conversation:
 
 
 def _print_report(console: Console, report: FinetuneReport, name: str) -> None:
-    from privatelora.device.progress import size_text
+    from privatelora.device.progress import size_text, time_text
 
     lines = [
         f"{report.stopped}: {report.steps} steps, {report.tokens} tokens in {report.seconds:.1f} s "
@@ -285,7 +339,9 @@ def _print_report(console: Console, report: FinetuneReport, name: str) -> None:
     if report.validation:
         lines.append("validation by epoch: " + " ".join(f"{loss:.4f}" for loss in report.validation))
     lines.append(f"adapter {name!r} is saved on this device")
-    if report.stopped.endswith("budget"):
+    if report.retry_after_s is not None:
+        lines.append(f"an allowance of the service is spent; it resets in {time_text(report.retry_after_s)}")
+    if report.stopped.endswith("budget") or report.stopped == "quota":
         lines.append("the same command with --resume goes on from here")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

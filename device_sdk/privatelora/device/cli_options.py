@@ -8,20 +8,23 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
-from privatelora.protocol.errors import ConfigurationError
+from privatelora.protocol.errors import ConfigurationError, QuotaError
 
 if TYPE_CHECKING:
+    from privatelora.device.control import ControlPlane
     from privatelora.device.session import DeviceSession
 
 DEFAULT_SERVER = "http://127.0.0.1:8765"
 SERVICE, ADAPTER = "Service", "Adapter"
+TIMEOUT_S = 30.0  # of a request to the control plane
 
 P = ParamSpec("P")
 
@@ -105,7 +108,21 @@ class Common:
             allow_plain=self.allow_plain,
             ca_file=self.ca_file,
             on_wait=say_place,
+            on_quota=say_quota,
         )
+
+    @contextmanager
+    def control(self) -> Iterator[ControlPlane]:
+        """The control plane at the service's URL, with the same token and the same rules of safety."""
+        from privatelora.device.control import ControlPlane
+        from privatelora.device.service import access
+
+        token, tls = access(self.server, self.token, self.allow_plain, self.ca_file)
+        control = ControlPlane(self.server.rstrip("/"), token, TIMEOUT_S, tls if tls is not None else True)
+        try:
+            yield control
+        finally:
+            control.close()
 
 
 def with_common(command: Callable[Concatenate[Common, P], None]) -> Callable[..., None]:
@@ -134,6 +151,13 @@ def say_place(place: int, waiting: int) -> None:
     teens = place % 100 in (11, 12, 13)
     ending = "th" if teens else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
     print(f"waiting for a place: {place}{ending} of {waiting}", file=sys.stderr, flush=True)
+
+
+def say_quota(spent: QuotaError) -> None:
+    """One line on stderr, before a wait for a quota to reset."""
+    from privatelora.device.progress import time_text
+
+    print(f"{spent.message} Waiting {time_text(spent.retry_after_s or 0)}.", file=sys.stderr, flush=True)
 
 
 def _rank(text: str | None) -> int | tuple[int, int] | None:

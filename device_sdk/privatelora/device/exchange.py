@@ -41,7 +41,9 @@ class RemoteLayers:
         wire_dtype: WireDtype,
         dtype: torch.dtype,
         on_wait: OnWait | None = None,
+        installation: str | None = None,
     ) -> None:
+        self._model_hash, self._installation, self._lost = service.info.model.sha256, installation, False
         self.service, self.placement, self.spec = service, placement, settings.spec
         self.wire_dtype, self.dtype, self.on_wait = wire_dtype, dtype, on_wait
         self.count = ByteCount()  # what really crossed the socket
@@ -61,7 +63,9 @@ class RemoteLayers:
         """Open the connection and the session on it, if there is none."""
         if self._connection is not None:
             return
-        info = self.service.info
+        if self._lost and self.service.may_move:
+            self.service.refresh()
+        info, self._lost = self.service.info, True  # until the connection is open
         connection = Connection(
             self.service.data_plane_url,
             self.service.token or "",
@@ -72,11 +76,12 @@ class RemoteLayers:
             self.on_wait,
         )
         request = OpenRequest(
-            model_hash=info.model.sha256,
+            model_hash=self._model_hash,
             set_hash=self._set_hash,
             spec=self.spec,
             placement=self.placement,
             wire_dtype=self.wire_dtype.name.lower(),
+            device=self._installation,
         )
         try:
             connection.send(control_frame(Kind.OPEN, request))
@@ -87,7 +92,12 @@ class RemoteLayers:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        self._connection, self._lost = connection, False
+
+    def lose(self) -> None:
+        """Close a connection that has failed: where it led to may be elsewhere now."""
+        self._lost = True
+        self.disconnect()
 
     def disconnect(self) -> None:
         """Close the connection; the service drops everything that it held for this session."""

@@ -129,6 +129,14 @@ def save_loss_curve(history: Sequence[StepRecord], path: str | Path) -> Path:
     return target
 
 
+def time_text(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def size_text(nbytes: float) -> str:
     """A number of bytes for people, in powers of 1000: `850 B`, `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):

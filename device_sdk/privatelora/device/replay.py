@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from privatelora.device.exchange import RemoteLayers
-from privatelora.protocol.errors import AdmissionError, ConnectionLostError
+from privatelora.protocol.errors import AdmissionError, ConnectionLostError, QuotaError
 
 Result = TypeVar("Result")
+
+OnQuota = Callable[[QuotaError], None]
+"""called before a wait for a quota's reset, with the error that says which and when"""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # between attempts to reconnect, doubling
 
@@ -25,10 +28,14 @@ class Replay:
     Parameters
     ----------
     retry_s : how long to go on reconnecting before an error is raised.
+
+    A quota that is spent is an error at once, unless `waits_for_quota` is set, as `finetune` does where its owner says.
     """
 
     def __init__(self, remote: RemoteLayers, retry_s: float) -> None:
         self.remote, self.retry_s = remote, retry_s
+        self.waits_for_quota = False  # however long it takes to reset
+        self.on_quota: OnQuota = lambda spent: None
         # exchanges of two passes must not mix on the one connection; reentrant, since a stream that nobody holds any
         # more is released by the garbage collector, which may run within a pass
         self._turn = threading.RLock()
@@ -41,13 +48,24 @@ class Replay:
             with self._turn:
                 try:
                     return attempt()
+                except QuotaError as spent:
+                    lost = spent
+                    self.remote.disconnect()
+                    restart()
+                    if not self.waits_for_quota:
+                        raise
                 except (ConnectionLostError, AdmissionError) as error:
                     lost = error
-                    self.remote.disconnect()
+                    self.remote.lose()
                     restart()
                 except BaseException:
                     self.remote.disconnect()  # the pass is half done: the service must forget it
                     raise
+            if isinstance(lost, QuotaError):
+                self.on_quota(lost)
+                time.sleep(lost.retry_after_s or LONGEST_WAIT_S)
+                wait_s, deadline = FIRST_WAIT_S, None
+                continue
             now = time.monotonic()
             deadline = deadline or now + self.retry_s
             if now >= deadline:

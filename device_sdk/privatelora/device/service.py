@@ -26,7 +26,7 @@ from privatelora.protocol.errors import (
     StoreError,
 )
 from privatelora.protocol.frames import VERSION
-from privatelora.protocol.messages import BLOB_PATH, INFO_PATH, Blob, ErrorInfo, ServiceInfo, parse
+from privatelora.protocol.messages import INFO_PATH, Blob, ErrorInfo, ServiceInfo, parse
 
 CHUNK_BYTES = 1 << 20
 
@@ -52,23 +52,8 @@ class Service:
         cache_dir: str | Path | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
-        parts = _split_url(self.base_url)
-        on_this_machine = _is_loopback(parts.hostname or "")
-        if parts.scheme == "http" and not on_this_machine and not allow_plain:
-            raise ConfigurationError(
-                f"{base_url} is a plain connection to another host, which shows your activations and your token to the "
-                "network; use https://, or pass allow_plain=True (--allow-plain) to accept that"
-            )
-        found = token or os.environ.get("PRIVATELORA_TOKEN") or (_local_token() if on_this_machine else None)
-        self.token = (found or "").strip()  # a file's or a variable's last line end is no part of it
-        if not self.token:
-            raise AuthenticationError(
-                f"{base_url} needs a token: pass token=, or set PRIVATELORA_TOKEN to the one that its operator gave you"
-            )
-        if not self.token.isascii() or not self.token.isprintable():
-            raise AuthenticationError("the token holds characters that no token has; copy it again, whole")
-        self.tls = _tls_context(ca_file) if parts.scheme == "https" else None
+        self.base_url, self.allow_plain = base_url.rstrip("/"), allow_plain
+        self.token, self.tls = access(self.base_url, token, allow_plain, ca_file)
         self.timeout_s = timeout_s
         self.cache = Path(cache_dir) if cache_dir else local.cache_dir()
         self._client = httpx.Client(
@@ -83,7 +68,12 @@ class Service:
     @property
     def data_plane_url(self) -> str:
         """ws:// or wss:// URL of the data plane."""
-        return "ws" + self.base_url.removeprefix("http") + self.info.data_plane
+        return "ws" + self._url_of(self.info.data_plane).removeprefix("http")
+
+    @property
+    def may_move(self) -> bool:
+        """Whether the data plane is another process than the one that announces it, and may be elsewhere tomorrow."""
+        return not self.info.data_plane.startswith("/")
 
     def refresh(self) -> None:
         """Read the announcement again, as after a restart of the service."""
@@ -99,7 +89,7 @@ class Service:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 try:
                     digest = hashlib.sha256()
-                    with self._client.stream("GET", f"{BLOB_PATH}/{blob.sha256}") as response:
+                    with self._client.stream("GET", f"{self._url_of(self.info.blobs)}/{blob.sha256}") as response:
                         _raise_for(response)
                         for chunk in response.iter_bytes(CHUNK_BYTES):
                             digest.update(chunk)
@@ -122,6 +112,13 @@ class Service:
 
     def close(self) -> None:
         self._client.close()
+
+    def _url_of(self, announced: str) -> str:
+        """An announced path at this service, or an announced URL, which must be as safe as the service's own."""
+        if announced.startswith("/"):
+            return self.base_url + announced
+        _checked(announced, self.allow_plain)
+        return announced
 
     def _read_info(self) -> ServiceInfo:
         try:
@@ -146,6 +143,37 @@ class Service:
                 "same release on both"
             )
         return info
+
+
+def access(
+    base_url: str, token: str | None, allow_plain: bool, ca_file: str | Path | None
+) -> tuple[str, ssl.SSLContext | None]:
+    """The token for a service, and the TLS that its URL needs; arguments as `Service` has them.
+
+    Raises `ConfigurationError` for a URL that is not safe or none, `AuthenticationError` where there is no token.
+    """
+    parts = _checked(base_url, allow_plain)
+    on_this_machine = _is_loopback(parts.hostname or "")
+    found = token or os.environ.get("PRIVATELORA_TOKEN") or (_local_token() if on_this_machine else None)
+    known = (found or "").strip()  # a file's or a variable's last line end is no part of it
+    if not known:
+        raise AuthenticationError(
+            f"{base_url} needs a token: pass token=, or set PRIVATELORA_TOKEN to the one that its operator gave you"
+        )
+    if not known.isascii() or not known.isprintable():
+        raise AuthenticationError("the token holds characters that no token has; copy it again, whole")
+    return known, _tls_context(ca_file) if parts.scheme == "https" else None
+
+
+def _checked(url: str, allow_plain: bool) -> SplitResult:
+    """The parts of a URL that may be used; raises `ConfigurationError`."""
+    parts = _split_url(url)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or "") and not allow_plain:
+        raise ConfigurationError(
+            f"{url} is a plain connection to another host, which shows your activations and your token to the "
+            "network; use https://, or pass allow_plain=True (--allow-plain) to accept that"
+        )
+    return parts
 
 
 def _raise_for(response: httpx.Response) -> None:

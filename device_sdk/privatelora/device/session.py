@@ -31,7 +31,7 @@ from privatelora.device.exchange import RemoteLayers
 from privatelora.device.generation import Sampler, pieces
 from privatelora.device.model import DeviceModel, end_tokens, load_tokenizer
 from privatelora.device.options import Options, resolve
-from privatelora.device.replay import Replay
+from privatelora.device.replay import OnQuota, Replay
 from privatelora.device.service import Service
 from privatelora.device.split import LossFn, SplitModel
 from privatelora.device.state import IDENTITY, Identity, adapter_state, restore
@@ -80,6 +80,7 @@ class DeviceSession:
         travels; None is one for every 512 tokens or so. Loss and gradients are the whole batch's, to rounding.
     retry_s : how long to go on reconnecting before `ConnectionLostError` is raised.
     on_wait : called with place and number waiting while the service has no room yet; what it raises ends the wait.
+    on_quota : called with the `QuotaError` before `finetune` waits for a quota to reset.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class DeviceSession:
         timeout_s: float = 60.0,
         retry_s: float = 60.0,
         on_wait: OnWait | None = None,
+        on_quota: OnQuota | None = None,
     ) -> None:
         if micro_batches is not None and micro_batches < 1:
             raise ConfigurationError(f"micro_batches {micro_batches} must be 1 or more, or None")
@@ -125,9 +127,17 @@ class DeviceSession:
             self.adapter = Adapter(self.config, self.placement, self.settings)
             self.optimizer = torch.optim.AdamW(list(self.adapter.parameters()) or [torch.zeros(())], weight_decay=0.0)
             self.remote = RemoteLayers(
-                self.service, self.placement, self.settings, self.identity.set_hash, wire, self.model.dtype, on_wait
+                self.service,
+                self.placement,
+                self.settings,
+                self.identity.set_hash,
+                wire,
+                self.model.dtype,
+                on_wait,
+                self.store.installation(),
             )
             self.replay = Replay(self.remote, retry_s)
+            self.replay.on_quota = on_quota or self.replay.on_quota
             self.split = SplitModel(self.model, self.remote, self.adapter, micro_batches)
             self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.service)
             self._end_tokens = end_tokens(self.config.hf, self.tokenizer)
@@ -174,6 +184,7 @@ class DeviceSession:
         max_bytes: int | None = None,
         seed: int = 0,
         resume: bool = False,
+        on_quota: str = "stop",
     ) -> FinetuneReport:
         """Train M and the device's LoRA on local data, which never leaves; each step is saved in the local store.
 
@@ -187,11 +198,15 @@ class DeviceSession:
         loss_fn : any torch function of logits (n_o, vocab) and labels (n_o,); cross-entropy by default.
         max_seconds, max_bytes : budgets; what was trained when one is spent is kept, and `resume=True` goes on.
         resume : go on from the last step of the same fine-tune that was cut off.
+        on_quota : where an allowance of the service is spent, `stop` (the report says when it resets, and resume=True
+            goes on) or `wait` until then; either way no finished step is lost.
 
         Raises
         ------
         DataError, ConfigurationError, ConnectionLostError, IncompatibleError : each says what to do next.
         """
+        if on_quota not in ("stop", "wait"):
+            raise ConfigurationError(f"on_quota {on_quota!r} must be stop or wait")
         return finetune(
             self,
             local_data,
@@ -208,6 +223,7 @@ class DeviceSession:
             max_seconds=max_seconds,
             max_bytes=max_bytes,
             seed=seed,
+            wait_for_quota=on_quota == "wait",
         )
 
     def evaluate(self, local_data: LocalData | Dataset, *, batch_size: int = 8) -> Evaluation:

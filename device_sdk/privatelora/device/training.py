@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, cast
 from flwr.common import ConfigRecord, MetricRecord, RecordDict
 
 from privatelora.device.data import Dataset, LocalData, batches
-from privatelora.protocol.errors import ConfigurationError
+from privatelora.protocol.errors import ConfigurationError, QuotaError
 
 if TYPE_CHECKING:
     from privatelora.device.session import DeviceSession
     from privatelora.device.split import LossFn
 
-STOPPED = ("finished", "early stopping", "time budget", "byte budget", "callback")
+STOPPED = ("finished", "early stopping", "time budget", "byte budget", "callback", "quota")
 KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
 RATE_OF_HIGH_RANK, RATE_OF_LOW_RANK, LOW_RANK = 5e-3, 7e-3, 32  # DESIGN section 3's recipe
 
@@ -67,6 +67,7 @@ class FinetuneReport:
     bytes_up: int
     bytes_down: int
     stopped: str
+    retry_after_s: float | None = None  # where a quota stopped it: seconds until that resets
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Plan:
     max_seconds: float = 0.0
     max_bytes: int = 0
     resume: bool = False
+    wait_for_quota: bool = False
 
     @classmethod
     def read(cls, config: ConfigRecord) -> Plan:
@@ -154,6 +156,7 @@ def finetune(
         bytes_up=numbers["bytes_up"],
         bytes_down=numbers["bytes_down"],
         stopped=STOPPED[numbers["stopped"]],
+        retry_after_s=numbers.get("retry_after_s"),
     )
 
 
@@ -177,7 +180,7 @@ def local_round(
     Returns
     -------
     MetricRecord : loss (last step), steps, tokens, seconds, bytes_up, bytes_down, stopped (index into `STOPPED`),
-        examples, and validation where there was any.
+        examples, validation where there was any, and retry_after_s where a quota stopped it.
     """
     plan = Plan.read(config)
     examples = session.examples(data)
@@ -230,6 +233,7 @@ class _Round:
         self.step, self.tokens, self.loss = begun, 0, math.nan
         self.validation: list[float] = []
         self.stopped = STOPPED.index("finished")
+        self.retry_after_s: float | None = None
         self._best: tuple[float, RecordDict] | None = None
         self._worse = 0
         count = session.remote.count
@@ -237,7 +241,18 @@ class _Round:
         self._started = time.perf_counter()
 
     def run(self) -> None:
-        """Every epoch's batches from where the round begins, until the plan or a budget ends."""
+        """Every epoch's batches from where the round begins, until the plan, a budget or a quota ends."""
+        replay = self.session.replay
+        replay.waits_for_quota = self.plan.wait_for_quota
+        try:
+            self._epochs()
+        except QuotaError as spent:  # the step that met it has changed nothing
+            self.retry_after_s = spent.retry_after_s
+            self._stop("quota")
+        finally:
+            replay.waits_for_quota = False
+
+    def _epochs(self) -> None:
         for epoch in range(self.begun // self.steps_an_epoch, self.plan.epochs):
             order = batches(self.data.examples, self.plan.batch_size, self.plan.seed, epoch)
             for rows in order[self.step - epoch * self.steps_an_epoch :]:
@@ -258,6 +273,8 @@ class _Round:
             "stopped": self.stopped,
             "examples": len(self.data.examples),
         }
+        if self.retry_after_s is not None:
+            numbers["retry_after_s"] = self.retry_after_s
         return MetricRecord(numbers | ({"validation": self.validation} if self.validation else {}))
 
     @property

@@ -66,13 +66,14 @@ class ServiceInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a service announces at its base URL."""
 
     protocol_version: int
-    data_plane: str
+    data_plane: str  # path of the sessions' WebSocket, or its http(s) URL where another process serves it
     model: ModelInfo
     sets: list[SetInfo]
     default_sets: dict[str, Hash]  # adapter kind -> the set that new sessions of that kind use
     placements: list[str]  # what `Placement.parse` reads; "custom" allows any that fits the model
     default_placement: str
     limits: Limits
+    blobs: str = BLOB_PATH  # path of the downloads, or their URL as above
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,142 @@
+"""The control plane as a device's agent sees it: registers this installation, takes offers, and says how jobs went.
+
+    ControlPlane(service).register(...)  .offers(...)  .accept(...)  .start(...)  .heartbeat(...)  .report(...)
+
+Every error of HTTP becomes one of the tree: `ConnectionLostError` and `AdmissionError` may be tried again,
+`JobGoneError` says that the job is no longer this device's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+import msgspec
+
+from privatelora.protocol.errors import (
+    AdmissionError,
+    AuthenticationError,
+    ConfigurationError,
+    ConnectionLostError,
+    IncompatibleError,
+    PrivateLoraError,
+    ProtocolError,
+)
+
+API = "/api/v1"
+SLACK_S = 10.0  # beyond the time of a long poll
+
+Answer = TypeVar("Answer")
+
+
+class JobGoneError(PrivateLoraError):
+    """The job was cancelled, has expired, or is another holder's: stop, and report nothing."""
+
+    code = "job_gone"
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """This installation, as the control plane knows it."""
+
+    id: str
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A job that is offered; `fence` goes into everything that is said of it."""
+
+    id: str
+    kind: str
+    params: dict[str, Any]
+    fence: int
+    lease_s: float
+
+
+class Offers(msgspec.Struct, frozen=True):
+    items: list[Offer]
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """RFC 9457."""
+
+    title: str = ""
+    detail: str = ""
+
+
+class ControlPlane:
+    """The agent's routes of one service."""
+
+    def __init__(self, base_url: str, token: str, timeout_s: float, verify: Any = True) -> None:
+        self.base_url, self._timeout_s = base_url, timeout_s
+        self._client = httpx.Client(
+            base_url=base_url + API,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=timeout_s,
+            verify=verify,
+            trust_env=False,
+        )
+
+    def register(self, installation: str, name: str, allows: Sequence[str]) -> Registered:
+        """Make this installation known, with the kinds of job that its owner allows."""
+        return self._ask("PUT", f"/devices/{installation}", {"name": name, "allows": list(allows)}, Registered)
+
+    def offers(self, device: str, wait_s: float) -> list[Offer]:
+        """Jobs for this device, after `wait_s` at most."""
+        path = f"/devices/{device}/offers?wait_s={wait_s:g}"
+        return self._ask("POST", path, None, Offers, self._timeout_s + wait_s + SLACK_S).items
+
+    def accept(self, device: str, offer: Offer) -> None:
+        self._say(device, offer, "accept")
+
+    def start(self, device: str, offer: Offer) -> None:
+        self._say(device, offer, "start")
+
+    def heartbeat(self, device: str, offer: Offer) -> None:
+        self._say(device, offer, "heartbeat")
+
+    def refuse(self, device: str, offer: Offer, reason: str) -> None:
+        self._say(device, offer, "refuse", {"reason": reason[:200]})
+
+    def fail(self, device: str, offer: Offer, error: str, retry: bool) -> None:
+        self._say(device, offer, "fail", {"error": error[:500], "retry": retry})
+
+    def report(self, device: str, offer: Offer, numbers: Mapping[str, int | float]) -> None:
+        self._say(device, offer, "result", {"report": dict(numbers)})
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _say(self, device: str, offer: Offer, what: str, more: Mapping[str, Any] | None = None) -> None:
+        body = {"device_id": device, "fence": offer.fence, **(more or {})}
+        self._ask("POST", f"/jobs/{offer.id}/{what}", body, dict[str, Any])
+
+    def _ask(self, method: str, path: str, body: Any, answer: type[Answer], timeout_s: float | None = None) -> Answer:
+        try:
+            response = self._client.request(method, path, json=body, timeout=timeout_s or self._timeout_s)
+        except httpx.HTTPError as error:
+            raise ConnectionLostError(f"{self.base_url} cannot be reached ({type(error).__name__})") from None
+        if response.status_code >= 400:
+            raise _error(response)
+        try:
+            return msgspec.json.decode(response.content, type=answer)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise IncompatibleError(f"{self.base_url} answered what no control plane answers ({error})") from None
+
+
+def _error(response: httpx.Response) -> PrivateLoraError:
+    try:
+        problem = msgspec.json.decode(response.content, type=Problem)
+        said = problem.detail or problem.title
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = f"HTTP status {response.status_code}"
+    status = response.status_code
+    if status in (429, 502, 503, 504):
+        after = response.headers.get("retry-after", "")
+        return AdmissionError(said, retry_after_s=float(after) if after.isdigit() else None)
+    if status == 409:
+        return JobGoneError(said)
+    if status in (401, 403):
+        return AuthenticationError(said)
+    if status == 404:
+        return JobGoneError(f"{said}; is {response.url} a control plane?")
+    return ProtocolError(said) if status == 422 else ConfigurationError(said)

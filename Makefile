@@ -3,6 +3,7 @@
 #   make install   .venv with what a run needs            make test    lint, then the test suite
 #   make demo      install, then `privatelora demo`       make lint    ruff, mypy --strict, import-linter
 #   make bench     the benchmarks (ONLY=name,name)        make soak    ten minutes of 200 devices, some of them bad
+#   make audit     known vulnerabilities of the locked packages (asks the network, so no test does it)
 #   make clean     remove all that these made
 #
 # PYTHON names another interpreter for the .venv, ARGS goes to the demo, pytest and the soak: make demo ARGS="--placement one-trip"
@@ -29,7 +30,7 @@ test bench soak: export HF_HUB_OFFLINE := 1
 test bench soak: export FLWR_TELEMETRY_ENABLED := 0
 test bench soak: export FLWR_DISABLE_UPDATE_CHECK := 1
 
-.PHONY: install demo test lint bench soak clean
+.PHONY: install demo test lint bench soak audit clean
 
 install: $(RUN_STAMP)
 
@@ -51,9 +52,15 @@ bench: $(BENCH_STAMP)
 soak: $(TEST_STAMP)
 	$(BIN)/python -m tests.soak --seconds 600 $(ARGS)
 
+# In an environment of its own, so that it adds nothing to what is tested.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet "pip-audit>=2.10,<3"
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+
 clean:
-	rm -rf $(VENV) decoder/privatelora/decoder/libkernels.* cloud_backbone/privatelora/cloud/libsockets.* demo-out bench-out soak-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find $(PROJECTS) benchmarks examples tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) .venv-audit decoder/privatelora/decoder/libkernels.* cloud_backbone/privatelora/cloud/libsockets.* demo-out bench-out soak-out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find $(PROJECTS) benchmarks examples migrations tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(RUN_STAMP): constraints.txt requirements-run.txt $(PROJECTS:%=%/pyproject.toml) $(COMPILED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

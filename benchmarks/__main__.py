@@ -13,11 +13,11 @@ from typing import Annotated
 import typer
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import curve, decoding, quality, speed, training
+from benchmarks import control, curve, decoding, quality, speed, training
 from benchmarks.rows import OUTPUT, Row, show, write
 from benchmarks.workbench import Workbench
 
-MODULES = (speed, decoding, training, curve, quality)
+MODULES = (speed, decoding, training, control, curve, quality)
 NAMES = [name for module in MODULES for name in module.TARGETS]
 ALIASES = {"generate_vs_transformers": "decode_1"}  # what rows were called before
 PATH = OUTPUT / "bench.json"

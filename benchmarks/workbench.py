@@ -31,7 +31,7 @@ from privatelora.device import DeviceSession
 from privatelora.platform.models import BUNDLED, source_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 STOP_S = 10.0  # what a service gets to end in before it is killed
 MAX_SESSIONS = 160  # of each service: more than any row needs
@@ -142,22 +142,22 @@ def _service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
     options = ["--port", "0", "--json", "--dtype", dtype, "--data-dir", str(data_dir), "--log-level", "warning"]
     options += ["--max-sessions", str(MAX_SESSIONS)]
     command = [sys.executable, "-m", "privatelora.platform", "backbone", *options]
-    with log.open("w") as stderr, _process(command, stderr) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()  # one JSON line when it is ready, nothing if it ended
+    with log.open("w") as stderr, process(command, stderr) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()  # one JSON line when it is ready, nothing if it ended
         if not line:
             raise Unmeasured(f"the {dtype} service did not start: {log.read_text()[-2000:].strip()}")
         ready = json.loads(line)
-        yield Address(ready["url"], Path(ready["token_file"]).read_text().strip(), process.pid)
+        yield Address(ready["url"], Path(ready["token_file"]).read_text().strip(), child.pid)
 
 
 @contextmanager
 def _proxy(near: Address, rtt_ms: float) -> Iterator[Address]:
     """`far.py` before a service, as its own process."""
     options = ["--port", str(urlsplit(near.url).port), "--delay-ms", str(rtt_ms / 2)]
-    with _process([sys.executable, "-m", "benchmarks.far", *options], None) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+    with process([sys.executable, "-m", "benchmarks.far", *options], None) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
         if not line:
             raise Unmeasured("the delaying proxy did not start")
         url = f"http://127.0.0.1:{json.loads(line)['port']}"
@@ -177,15 +177,17 @@ def _ping_s(url: str) -> float:
 
 
 @contextmanager
-def _process(command: list[str], stderr: IO[str] | None) -> Iterator[subprocess.Popen[str]]:
+def process(
+    command: list[str], stderr: IO[str] | None, environment: Mapping[str, str] = ENVIRONMENT
+) -> Iterator[subprocess.Popen[str]]:
     """A process that is ended at the end."""
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
-        yield process
+        yield child
     finally:
-        process.terminate()
+        child.terminate()
         try:
-            process.wait(STOP_S)
+            child.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            child.kill()
+            child.wait()

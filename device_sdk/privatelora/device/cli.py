@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,6 +26,7 @@ from privatelora.protocol import local
 from privatelora.protocol.errors import DataError, PrivateLoraError
 
 if TYPE_CHECKING:
+    from privatelora.device.agent import Agent
     from privatelora.device.session import DeviceSession
     from privatelora.device.training import FinetuneReport
 
@@ -80,7 +82,7 @@ def finetune(
         ),
     ] = False,
     on_quota: Annotated[
-        str,
+        Literal["stop", "wait"],
         typer.Option(
             help="Where an allowance of the service is spent: stop, or wait until it resets.", rich_help_panel=BUDGET
         ),
@@ -271,16 +273,18 @@ def agent(
     Policy.read(policy)
     from privatelora.device.agent import Agent
 
-    with common.control() as control:
-        worker = Agent(control, policy, common.session, local.store_dir(), _note, device_name)
+    common = common.asked()
+    with (
+        common.control() as control,
+        closing(Agent(control, policy, common.session, local.store_dir(), _note, device_name)) as worker,
+    ):
         if dry_run:
             for offer, refusal in worker.answers():
                 print(f"{offer.kind} {offer.id}: {'would run' if refusal is None else refusal}")
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: worker.stop())
-        _note(f"waiting for jobs at {common.server}, as {policy} allows")
-        worker.run(once)
+        with _stopped_by_signals(worker):
+            _note(f"waiting for jobs at {common.server}, as {policy} allows")
+            worker.run(once)
 
 
 def main() -> None:
@@ -345,6 +349,27 @@ def _print_report(console: Console, report: FinetuneReport, name: str) -> None:
         lines.append("the same command with --resume goes on from here")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _stopped_by_signals(worker: Agent) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends an agent that waits, and a job that runs after its step; the second ends all."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        if worker.idle:
+            raise SystemExit(0)
+        # in a thread, since this one may be within a wait for the very event that `stop` sets
+        threading.Thread(target=worker.stop).start()
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

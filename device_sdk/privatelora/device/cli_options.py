@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
@@ -89,11 +89,16 @@ class Common:
         bool, typer.Option("--ask-passphrase", help="Ask for the passphrase.", rich_help_panel=ADAPTER)
     ] = False
 
+    def asked(self) -> Common:
+        """These options with the passphrase, asked for now if it is to be asked for at all."""
+        if not self.ask_passphrase:
+            return self
+        return replace(self, passphrase=typer.prompt("passphrase", hide_input=True), ask_passphrase=False)
+
     def session(self) -> DeviceSession:
         """Open the session; raises what makes it impossible."""
         from privatelora.device.session import DeviceSession  # torch takes seconds, which --help does not need
 
-        passphrase = typer.prompt("passphrase", hide_input=True) if self.ask_passphrase else self.passphrase
         return DeviceSession(
             self.server,
             token=self.token,
@@ -104,7 +109,7 @@ class Common:
             m_kind=self.m_kind,
             m_hidden=self.m_hidden,
             lora_rank=self.lora_rank,
-            passphrase=passphrase,
+            passphrase=self.asked().passphrase,
             allow_plain=self.allow_plain,
             ca_file=self.ca_file,
             on_wait=say_place,

@@ -3,13 +3,13 @@
     ControlPlane(service).register(...)  .offers(...)  .accept(...)  .start(...)  .heartbeat(...)  .report(...)
 
 Every error of HTTP becomes one of the tree: `ConnectionLostError` and `AdmissionError` may be tried again,
-`JobGoneError` says that the job is no longer this device's.
+`JobGoneError` says that the job, or this device, is not known there any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx2 as httpx
 import msgspec
@@ -31,7 +31,7 @@ Answer = TypeVar("Answer")
 
 
 class JobGoneError(PrivateLoraError):
-    """The job was cancelled, has expired, or is another holder's: stop, and report nothing."""
+    """The job was cancelled, has expired, or is another holder's (409), or is not there (404): report nothing."""
 
     code = "job_gone"
 
@@ -45,11 +45,11 @@ class Registered(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True):
     """A job that is offered; `fence` goes into everything that is said of it."""
 
-    id: str
-    kind: str
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z_]{1,64}$")]  # goes into a path, and onto a terminal
+    kind: Annotated[str, msgspec.Meta(pattern="^[0-9a-z-]{1,64}$")]
     params: dict[str, Any]
     fence: int
-    lease_s: float
+    lease_s: Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Offers(msgspec.Struct, frozen=True):
@@ -78,7 +78,13 @@ class ControlPlane:
 
     def register(self, installation: str, name: str, allows: Sequence[str]) -> Registered:
         """Make this installation known, with the kinds of job that its owner allows."""
-        return self._ask("PUT", f"/devices/{installation}", {"name": name, "allows": list(allows)}, Registered)
+        body = {"name": name, "allows": list(allows)}
+        try:
+            return self._ask("PUT", f"/installations/{installation}", body, Registered)
+        except JobGoneError as error:
+            raise ConfigurationError(
+                f"{self.base_url} has no control plane to take jobs from ({error.message}); is the URL right?"
+            ) from None
 
     def offers(self, device: str, wait_s: float) -> list[Offer]:
         """Jobs for this device, after `wait_s` at most."""
@@ -114,7 +120,8 @@ class ControlPlane:
         try:
             response = self._client.request(method, path, json=body, timeout=timeout_s or self._timeout_s)
         except httpx.HTTPError as error:
-            raise ConnectionLostError(f"{self.base_url} cannot be reached ({type(error).__name__})") from None
+            reason = str(error) or type(error).__name__
+            raise ConnectionLostError(f"{self.base_url} cannot be reached ({reason})") from None
         if response.status_code >= 400:
             raise _error(response)
         try:
@@ -124,19 +131,18 @@ class ControlPlane:
 
 
 def _error(response: httpx.Response) -> PrivateLoraError:
+    status = response.status_code
     try:
         problem = msgspec.json.decode(response.content, type=Problem)
         said = problem.detail or problem.title
     except (msgspec.DecodeError, UnicodeDecodeError):
-        said = f"HTTP status {response.status_code}"
-    status = response.status_code
-    if status in (429, 502, 503, 504):
+        said = ""
+    said = said or f"{response.url} answered HTTP status {status}"
+    if status == 429 or status >= 500:
         after = response.headers.get("retry-after", "")
         return AdmissionError(said, retry_after_s=float(after) if after.isdigit() else None)
-    if status == 409:
+    if status in (404, 409):
         return JobGoneError(said)
     if status in (401, 403):
         return AuthenticationError(said)
-    if status == 404:
-        return JobGoneError(f"{said}; is {response.url} a control plane?")
     return ProtocolError(said) if status == 422 else ConfigurationError(said)

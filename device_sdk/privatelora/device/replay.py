@@ -20,6 +20,7 @@ OnQuota = Callable[[QuotaError], None]
 """called before a wait for a quota's reset, with the error that says which and when"""
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0  # between attempts to reconnect, doubling
+NAP_S = 30.0
 
 
 class Replay:
@@ -63,7 +64,7 @@ class Replay:
                     raise
             if isinstance(lost, QuotaError):
                 self.on_quota(lost)
-                time.sleep(lost.retry_after_s or LONGEST_WAIT_S)
+                _sleep_until(time.time() + (lost.retry_after_s or LONGEST_WAIT_S))
                 wait_s, deadline = FIRST_WAIT_S, None
                 continue
             now = time.monotonic()
@@ -85,3 +86,9 @@ class Replay:
             f"{self.remote.service.base_url} did not come back within {self.retry_s:g} s ({lost}); see that it is "
             "running, then call again: nothing is lost, and finetune goes on with resume=True"
         )
+
+
+def _sleep_until(until: float) -> None:
+    """Sleep until a time of day. In naps: a device that was suspended meanwhile has not slept them by its own clock."""
+    while (left := until - time.time()) > 0:
+        time.sleep(min(left, NAP_S))

@@ -68,7 +68,10 @@ class Service:
     @property
     def data_plane_url(self) -> str:
         """ws:// or wss:// URL of the data plane."""
-        return "ws" + self._url_of(self.info.data_plane).removeprefix("http")
+        announced = self.info.data_plane
+        if announced.startswith("ws"):
+            announced = "http" + announced.removeprefix("ws")
+        return "ws" + self._url_of(announced).removeprefix("http")
 
     @property
     def may_move(self) -> bool:
@@ -117,7 +120,10 @@ class Service:
         """An announced path at this service, or an announced URL, which must be as safe as the service's own."""
         if announced.startswith("/"):
             return self.base_url + announced
-        _checked(announced, self.allow_plain)
+        try:
+            _checked(announced, self.allow_plain)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.base_url} sends this device on: {error.message}") from None
         return announced
 
     def _read_info(self) -> ServiceInfo:
@@ -162,7 +168,7 @@ def access(
         )
     if not known.isascii() or not known.isprintable():
         raise AuthenticationError("the token holds characters that no token has; copy it again, whole")
-    return known, _tls_context(ca_file) if parts.scheme == "https" else None
+    return known, _tls_context(ca_file) if ca_file or parts.scheme == "https" else None
 
 
 def _checked(url: str, allow_plain: bool) -> SplitResult:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from flwr.common import RecordDict
@@ -184,7 +184,7 @@ class DeviceSession:
         max_bytes: int | None = None,
         seed: int = 0,
         resume: bool = False,
-        on_quota: str = "stop",
+        on_quota: Literal["stop", "wait"] = "stop",
     ) -> FinetuneReport:
         """Train M and the device's LoRA on local data, which never leaves; each step is saved in the local store.
 

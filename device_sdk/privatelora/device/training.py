@@ -248,7 +248,8 @@ class _Round:
             self._epochs()
         except QuotaError as spent:  # the step that met it has changed nothing
             self.retry_after_s = spent.retry_after_s
-            self._stop("quota")
+            if self.step < self.total_steps:  # else only its validation is missing
+                self._stop("quota")
         finally:
             replay.waits_for_quota = False
 

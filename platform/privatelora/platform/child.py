@@ -25,7 +25,11 @@ POLL_S = 0.2
 
 # Settings of some other service of this machine, which a private one on loopback must not take over.
 NOT_INHERITED = [
-    f"PRIVATELORA_{name}" for name in ("CERTFILE", "KEYFILE", "PLACEMENTS", "DEFAULT_PLACEMENT", "LOG_FORMAT")
+    f"PRIVATELORA_{name}"
+    for name in (
+        *("CERTFILE", "KEYFILE", "PLACEMENTS", "DEFAULT_PLACEMENT", "LOG_FORMAT"),
+        *("DATABASE_URL", "VALKEY_URL", "BROKER_URL", "PUBLIC_URL"),
+    )
 ]
 
 

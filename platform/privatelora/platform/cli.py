@@ -1,28 +1,48 @@
 """`privatelora`: what an operator types. Thin: options become `Settings` or a call, and errors become one line.
 
-up, backbone    `service.serve` in this process            config      every setting and where it came from
-demo            `demo.run_demo`                            adapters    the published sets of A and B, as files
+up                  `up.run`, which runs the next four           admin       `cli_admin`: users, keys, quotas, jobs
+api, worker, beat   the control plane's processes                adapters    `cli_adapters`: sets of A and B as files
+backbone            the data plane, `service.serve`              config      every setting and where it came from
+demo                `demo.run_demo`
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from privatelora.platform.cli_adapters import adapters
+from privatelora.platform.cli_admin import admin
+from privatelora.platform.cli_options import (
+    CONTROL_PANEL,
+    MODEL_PANEL,
+    OUTPUT_PANEL,
+    SESSION_PANEL,
+    AliveFile,
+    AsJson,
+    Certfile,
+    DatabaseUrl,
+    DataDir,
+    Dtype,
+    Host,
+    Keyfile,
+    LogFormat,
+    Model,
+    Port,
+    ValkeyUrl,
+)
 from privatelora.platform.console import Spinner, columns, print_table
 from privatelora.protocol.errors import PrivateLoraError
 from privatelora.protocol.placement import NAMES
 
 if TYPE_CHECKING:
     from privatelora.platform.settings import Settings
-
-MODEL_PANEL, ADDRESS_PANEL, SESSION_PANEL, OUTPUT_PANEL = "Model", "Address", "Sessions", "Output"
-CONTROL_PANEL = "Control plane"
 
 app = typer.Typer(
     help="Host one frozen language model that many devices personalise without handing over their data.",
@@ -33,49 +53,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # a traceback with locals would print tensors
 )
-adapters = typer.Typer(
-    help="The published sets of frozen A and B that every device's M works between.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-)
 app.add_typer(adapters, name="adapters")
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="SOURCE",
-        help="[bold]smollm2[/bold] (bundled), a GGUF file, a model directory or a hub name.",
-        rich_help_panel=MODEL_PANEL,
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.", rich_help_panel=MODEL_PANEL)
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", help="Folder of models, adapter sets and the token.", rich_help_panel=MODEL_PANEL),
-]
-Host = Annotated[
-    str | None,
-    typer.Option("--host", help="Address to listen on; this machine only unless set.", rich_help_panel=ADDRESS_PANEL),
-]
-Port = Annotated[
-    int | None, typer.Option("--port", help="Port, 8765 unless set; 0 takes a free one.", rich_help_panel=ADDRESS_PANEL)
-]
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(help="postgresql://user@host/name or sqlite:////file.", rich_help_panel=CONTROL_PANEL),
-]
-ValkeyUrl = Annotated[
-    str | None, typer.Option(help="redis://host:port of a Valkey or Redis.", rich_help_panel=CONTROL_PANEL)
-]
-AsJson = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="When ready, print one JSON line with url and token_file.", rich_help_panel=OUTPUT_PANEL
-    ),
-]
+app.add_typer(admin, name="admin")
 
 
 @app.command(
@@ -88,14 +67,61 @@ def up(
     data_dir: DataDir = None,
     host: Host = None,
     port: Port = None,
-    as_json: AsJson = False,
+    database_url: DatabaseUrl = None,
+    valkey_url: ValkeyUrl = None,
+    log_format: LogFormat = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="When ready, print one JSON line with url, admin_key (of the first start) and token_file.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
 ) -> None:
-    """Start everything embedded in this process, with defaults that need no other server.
+    """Start the whole service on this machine: database, Valkey, API, worker, beat and backbone.
 
-    The first start converts the model and computes the adapter sets from public text, about half a minute for the
-    bundled model; later starts take seconds. Ctrl-C stops it.
+    The first start converts the model, computes the adapter sets from public text, about half a minute for the bundled
+    model, and prints the first operator's key; later starts take seconds. Ctrl-C stops it.
     """
-    _serve({"model": model, "dtype": dtype, "data_dir": data_dir, "host": host, "port": port}, as_json)
+    from privatelora.platform.embedded import load_settings_here
+    from privatelora.platform.up import Ready, run
+
+    settings = load_settings_here(
+        {
+            "model": model,
+            "dtype": dtype,
+            "data_dir": data_dir,
+            "host": host,
+            "port": port,
+            "database_url": database_url,
+            "valkey_url": valkey_url,
+            "log_format": log_format,
+        }
+    )
+
+    def ready(service: Ready) -> None:
+        token_file = str(service.token_file)
+        if as_json:
+            told = {"url": service.url, "admin_key": service.admin_key, "token_file": token_file}
+            print(json.dumps(told), flush=True)
+            return
+        _announce(
+            "[bold]The service is ready.[/bold]",
+            {
+                "URL": f"[bold green]{service.url}[/bold green]",
+                "token file": f"{token_file} (used by devices on this machine)",
+                "API": f"{service.url}/openapi.json",
+                "try": f"privatelora-device finetune notes.jsonl --server {service.url}",
+                "": "privatelora admin list-users",
+            },
+        )
+        if service.admin_key is not None:
+            print(f"  admin key   {service.admin_key}\n              Keep it now: it is not shown again.")
+        print("Ctrl-C stops it.\n", flush=True)
+        _warn_if_plain(settings, service.url)
+
+    run(settings, ready)
 
 
 @app.command(
@@ -114,10 +140,14 @@ def backbone(
     data_dir: DataDir = None,
     host: Host = None,
     port: Port = None,
-    certfile: Annotated[
-        Path | None, typer.Option(help="TLS certificate chain (PEM).", rich_help_panel=ADDRESS_PANEL)
+    certfile: Certfile = None,
+    keyfile: Keyfile = None,
+    database_url: DatabaseUrl = None,
+    valkey_url: ValkeyUrl = None,
+    public_url: Annotated[
+        str | None,
+        typer.Option(help="URL at which devices reach this backbone.", rich_help_panel=CONTROL_PANEL),
     ] = None,
-    keyfile: Annotated[Path | None, typer.Option(help="TLS private key (PEM).", rich_help_panel=ADDRESS_PANEL)] = None,
     placements: Annotated[
         str | None,
         typer.Option(
@@ -161,7 +191,7 @@ def backbone(
     log_level: Annotated[
         str | None, typer.Option(help="debug, info, warning or error.", rich_help_panel=OUTPUT_PANEL)
     ] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json.", rich_help_panel=OUTPUT_PANEL)] = None,
+    log_format: LogFormat = None,
     as_json: AsJson = False,
 ) -> None:
     """Serve the data plane alone, with every setting at hand.
@@ -179,6 +209,9 @@ def backbone(
             "port": port,
             "certfile": certfile,
             "keyfile": keyfile,
+            "database_url": database_url,
+            "valkey_url": valkey_url,
+            "public_url": public_url,
             "placements": placements,
             "default_placement": default_placement,
             "max_sessions": max_sessions,
@@ -196,22 +229,75 @@ def backbone(
     )
 
 
+@app.command(
+    epilog="Example:\n\n  PRIVATELORA_DATABASE_URL=postgresql://… PRIVATELORA_VALKEY_URL=redis://… privatelora api",
+)
+def api(
+    host: Host = None,
+    port: Port = None,
+    certfile: Certfile = None,
+    keyfile: Keyfile = None,
+    database_url: DatabaseUrl = None,
+    valkey_url: ValkeyUrl = None,
+    data_dir: DataDir = None,
+    log_format: LogFormat = None,
+    fd: Annotated[int | None, typer.Option(hidden=True, help="A listening socket that was opened for it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the REST API, alone: one process of the control plane, of which there may be many."""
+    settings = _settings(
+        {
+            "host": host,
+            "port": port,
+            "certfile": certfile,
+            "keyfile": keyfile,
+            "database_url": database_url,
+            "valkey_url": valkey_url,
+            "data_dir": data_dir,
+            "log_format": log_format,
+        }
+    )
+    from privatelora.platform.api.server import serve
+    from privatelora.platform.net import adopted, listening
+
+    with adopted(fd) if fd is not None else listening(settings.host, settings.port) as listener:
+        serve(settings, listener, lambda url: _ready("API", as_json, url=url))
+
+
 @app.command()
-def worker(database_url: DatabaseUrl = None, valkey_url: ValkeyUrl = None, data_dir: DataDir = None) -> None:
+def worker(
+    database_url: DatabaseUrl = None,
+    valkey_url: ValkeyUrl = None,
+    data_dir: DataDir = None,
+    log_format: LogFormat = None,
+    alive_file: AliveFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Run jobs: one process of the control plane, of which there may be many."""
-    settings = _settings({"database_url": database_url, "valkey_url": valkey_url, "data_dir": data_dir})
+    settings = _settings(
+        {"database_url": database_url, "valkey_url": valkey_url, "data_dir": data_dir, "log_format": log_format}
+    )
     from privatelora.platform.queue import run_worker
 
-    run_worker(settings, lambda: print(json.dumps({"ready": "worker"}), flush=True))
+    run_worker(settings, lambda: _ready("worker", as_json), _toucher(alive_file))
 
 
 @app.command()
-def beat(database_url: DatabaseUrl = None, valkey_url: ValkeyUrl = None) -> None:
+def beat(
+    database_url: DatabaseUrl = None,
+    valkey_url: ValkeyUrl = None,
+    data_dir: DataDir = None,
+    log_format: LogFormat = None,
+    alive_file: AliveFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Wake workers by the clock: one process of the control plane, of which there should be one."""
-    settings = _settings({"database_url": database_url, "valkey_url": valkey_url})
+    settings = _settings(
+        {"database_url": database_url, "valkey_url": valkey_url, "data_dir": data_dir, "log_format": log_format}
+    )
     from privatelora.platform.queue import run_beat
 
-    run_beat(settings, lambda: print(json.dumps({"ready": "beat"}), flush=True))
+    run_beat(settings, lambda: _ready("beat", as_json), _toucher(alive_file))
 
 
 @app.command(
@@ -258,64 +344,6 @@ def config(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
         )
 
 
-@adapters.command("list")
-def list_sets(data_dir: DataDir = None) -> None:
-    """List the sets that this service has published; the newest of a kind is the one that new sessions get."""
-    from privatelora.cloud.sets import SetStore
-    from privatelora.platform.settings import load_settings
-
-    directory = load_settings({"data_dir": data_dir}).data_dir / "sets"
-    infos = SetStore(directory).list() if directory.is_dir() else []
-    if not infos:
-        print(f"no set is published in {directory}; the first start of `privatelora up` makes them")
-        return
-    newest = {(info.model_hash, info.kind): info.sha256 for info in infos}
-    table = columns("set", "kind", "ranks up to", "size", "model", "")
-    for info in infos:
-        default = "default" if newest[info.model_hash, info.kind] == info.sha256 else ""
-        ranks = f"{info.max_rank_down} down, {info.max_rank_up} up"
-        table.add_row(info.sha256[:16], info.kind, ranks, f"{info.nbytes / 1e6:.1f} MB", info.model_hash[:16], default)
-    print_table(table)
-
-
-@adapters.command("export", epilog="Example:\n\n  privatelora adapters export 3f9a01 ./backup/")
-def export_set(
-    set_hash: Annotated[str, typer.Argument(metavar="HASH", help="The set's hash, or its beginning.")],
-    target: Annotated[Path, typer.Argument(help="File to write, or a folder.")],
-    data_dir: DataDir = None,
-) -> None:
-    """Copy a published set to a file, for another service of the same model."""
-    from privatelora.cloud.sets import SetStore
-    from privatelora.platform.settings import load_settings
-
-    print(SetStore(load_settings({"data_dir": data_dir}).data_dir / "sets").export(set_hash, target))
-
-
-@adapters.command("import", epilog="Example:\n\n  privatelora adapters import ./backup/3f9a01….safetensors")
-def import_set(
-    source: Annotated[Path, typer.Argument(help="File that `adapters export` wrote.")],
-    model: Model = None,
-    dtype: Dtype = None,
-    data_dir: DataDir = None,
-) -> None:
-    """Publish an exported set here, after checking that it is whole and made for this service's model.
-
-    A service that is running announces it at once, and existing adapters that name it work again.
-    """
-    import torch
-
-    from privatelora.cloud.sets import SetStore
-    from privatelora.decoder.publish import publish_model
-    from privatelora.platform.models import source_of
-    from privatelora.platform.settings import load_settings
-
-    settings = load_settings({"model": model, "dtype": dtype, "data_dir": data_dir})
-    with Spinner(Console(stderr=True)) as progress:
-        parts = publish_model(source_of(settings.model), settings.data_dir, getattr(torch, settings.dtype), progress)
-    info = SetStore(settings.data_dir / "sets").add_file(source, parts.config, parts.model_hash)
-    print(f"{info.sha256} ({info.kind}, ranks up to {info.max_rank_down} down and {info.max_rank_up} up)")
-
-
 def main() -> None:
     """The `privatelora` script: one line and exit status 2 for every error of the tree."""
     try:
@@ -356,22 +384,44 @@ def _serve(options: dict[str, Any], as_json: bool) -> None:
                 flush=True,
             )
             return
-        rows = {
-            "URL": f"[bold green]{service.url}[/bold green]",
-            "token file": str(service.token_file or "-"),
-            "placement": f"{service.default_placement} unless a session names another",
-            "try": f"privatelora-device finetune notes.jsonl --server {service.url}",
-        }
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(f"\n[bold]{service.model}[/bold] is served: {service.layers} frozen layers, {service.dtype}")
-        for name, value in rows.items():
-            console.print(f"  {name:<11} {value}")
-        console.print("Ctrl-C stops it.\n")
-        if service.url.startswith("http:") and settings.host not in ("127.0.0.1", "::1", "localhost"):
-            console.print(
-                "[yellow]This address is open to other machines without TLS: the network can read tokens and "
-                "activations. Set --certfile and --keyfile, or put a TLS proxy in front.[/yellow]"
-            )
+        _announce(
+            f"[bold]{service.model}[/bold] is served: {service.layers} frozen layers, {service.dtype}",
+            {
+                "URL": f"[bold green]{service.url}[/bold green]",
+                "token file": str(service.token_file or "none: the control plane knows the keys"),
+                "placement": f"{service.default_placement} unless a session names another",
+                "try": f"privatelora-device finetune notes.jsonl --server {service.url}",
+            },
+        )
+        print("Ctrl-C stops it.\n", flush=True)
+        _warn_if_plain(settings, service.url)
 
     with progress:
         serve(settings, progress, ready)
+
+
+def _announce(title: str, rows: dict[str, str]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\n{title}")
+    for name, value in rows.items():
+        console.print(f"  {name:<11} {value}")
+
+
+def _warn_if_plain(settings: Settings, url: str) -> None:
+    if url.startswith("http:") and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        Console(highlight=False, soft_wrap=True).print(
+            "[yellow]This address is open to other machines without TLS: the network can read tokens and "
+            "activations. Set --certfile and --keyfile, or put a TLS proxy in front.[/yellow]"
+        )
+
+
+def _toucher(path: Path | None) -> Callable[[], None]:
+    return path.touch if path is not None else lambda: None
+
+
+def _ready(name: str, as_json: bool, **more: str) -> None:
+    """Say that a process of the control plane does its work: one line on stdout."""
+    if as_json:
+        print(json.dumps({"ready": name.lower(), **more}), flush=True)
+    else:
+        print(" ".join([f"the {name} is ready", *more.values()]), flush=True)

@@ -63,16 +63,21 @@ class Database:
         with Session(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def check(self) -> None:
-        """Raise `ConfigurationError` if the database cannot be reached, or has not this release's schema."""
-        head = ScriptDirectory.from_config(_alembic()).get_current_head()
+    @property
+    def revision(self) -> str | None:
+        """The schema's revision, None without one; raises `ConfigurationError` if the database cannot be reached."""
         try:
             with self.engine.connect() as connection:
-                found = MigrationContext.configure(connection).get_current_revision()
+                return MigrationContext.configure(connection).get_current_revision()
         except SQLAlchemyError as error:
             raise ConfigurationError(
                 f"database {self.shown} cannot be reached ({_reason(error)}); check PRIVATELORA_DATABASE_URL"
             ) from None
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` if the database cannot be reached, or has not this release's schema."""
+        head = ScriptDirectory.from_config(_alembic()).get_current_head()
+        found = self.revision
         if found != head:
             raise ConfigurationError(
                 f"database {self.shown} has schema revision {found or 'none'}, this release needs {head}; run "

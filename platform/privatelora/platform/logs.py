@@ -14,7 +14,9 @@ from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import Processor
 
 # Libraries whose ordinary progress the service tells in its own lines.
-QUIET = dict.fromkeys(("uvicorn", "httpx", "httpx2", "filelock", "alembic", "celery", "kombu"), logging.WARNING)
+QUIET = dict.fromkeys(
+    ("uvicorn", "httpx", "httpx2", "filelock", "alembic", "celery", "kombu", "sqlalchemy_celery_beat"), logging.WARNING
+)
 
 
 def configure_logging(level: str, form: str) -> None:

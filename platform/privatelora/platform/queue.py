@@ -37,17 +37,23 @@ from privatelora.protocol.errors import ConfigurationError
 log = structlog.get_logger("privatelora.platform")
 
 SWEEP, RUN = "privatelora.sweep", "privatelora.run"
+QUEUE = "privatelora"
 SWEEP_S = 2
 BEAT_LOOK_S = 2  # until a changed schedule is noticed, at most
 AGAIN_S = 2.0  # after which a beat or a broker that was lost is tried again
 CONCURRENCY = 4  # jobs of one worker at a time
 
 
-def run_worker(settings: Settings, ready: Callable[[], None] = lambda: None) -> None:
-    """Run jobs until SIGTERM, which lets those that run end; raises `ConfigurationError` for what cannot be reached."""
+def run_worker(
+    settings: Settings, ready: Callable[[], None] = lambda: None, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Run jobs until SIGTERM, which lets those that run end; `alive` is called every few seconds while it can work.
+
+    Raises `ConfigurationError` for what cannot be reached.
+    """
     services = _services(settings)
     app = celery_app(settings, services)
-    sweeper = _Sweeper(app, services)
+    sweeper = _Sweeper(app, services, alive)
 
     @signals.worker_ready.connect(weak=False)
     def begin(**more: Any) -> None:
@@ -64,8 +70,13 @@ def run_worker(settings: Settings, ready: Callable[[], None] = lambda: None) -> 
     ).start()  # fmt: skip
 
 
-def run_beat(settings: Settings, ready: Callable[[], None] = lambda: None) -> None:
-    """Wake workers by the clock until SIGTERM; raises `ConfigurationError` for what cannot be reached."""
+def run_beat(
+    settings: Settings, ready: Callable[[], None] = lambda: None, alive: Callable[[], None] = lambda: None
+) -> None:
+    """Wake workers by the clock until SIGTERM; `alive` is called every few seconds while it can.
+
+    Raises `ConfigurationError` for what cannot be reached.
+    """
     services = _services(settings)
     with services.database.write() as session:
         schedules.ensure_defaults(session)
@@ -73,6 +84,7 @@ def run_beat(settings: Settings, ready: Callable[[], None] = lambda: None) -> No
     services.database.close()
     app = celery_app(settings, services)
     service = BeatService(app=app, max_interval=BEAT_LOOK_S, scheduler_cls=PatientScheduler)
+    service.scheduler.alive = alive  # type: ignore[attr-defined]  # of PatientScheduler
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: service.stop())
     ready()
@@ -91,7 +103,7 @@ def celery_app(settings: Settings, services: Services) -> Celery:
         result_expires=3600,
         task_ignore_result=True,
         task_acks_late=False,  # the database knows what is done; a message is a wake-up
-        task_default_queue="privatelora",
+        task_default_queue=QUEUE,
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
@@ -120,6 +132,26 @@ def celery_app(settings: Settings, services: Services) -> Celery:
     return app
 
 
+def waker(settings: Settings) -> Callable[[str], None]:
+    """For a process that queues jobs: has a worker look at one now, or at its next sweep if the broker is away."""
+    app = Celery("privatelora", broker=settings.broker_url or settings.valkey_url)
+    app.conf.update(
+        task_ignore_result=True,
+        task_default_queue=QUEUE,
+        broker_connection_retry=False,
+        broker_transport_options={"socket_timeout": 2, "socket_connect_timeout": 2},
+        task_publish_retry=False,
+    )
+
+    def call(job_id: str) -> None:
+        try:
+            wake(app, job_id)
+        except (OperationalError, RedisError, OSError) as error:
+            log.warning("no worker woken", job=job_id, reason=type(error).__name__)
+
+    return call
+
+
 def wake(app: Celery, job_id: str) -> None:
     """Have a worker look at a job now."""
     app.send_task(RUN, args=[job_id], expires=600)
@@ -141,19 +173,23 @@ def sweep_once(app: Celery, services: Services) -> None:
 class PatientScheduler(DatabaseScheduler):  # type: ignore[misc]  # the package ships no types
     """The package's scheduler, which waits for a database or a broker that is away instead of ending the beat."""
 
+    alive: Callable[[], None] = staticmethod(lambda: None)
+
     def tick(self, *args: Any, **more: Any) -> float:
         try:
-            return float(super().tick(*args, **more))
+            until_next_s = float(super().tick(*args, **more))
         except (SQLAlchemyError, RedisError, OperationalError, OSError) as error:
             log.warning("beat waits", reason=type(error).__name__)
             return AGAIN_S
+        self.alive()
+        return until_next_s
 
 
 class _Sweeper:
     """A worker's own sweep, in a thread that the worker ends."""
 
-    def __init__(self, app: Celery, services: Services) -> None:
-        self._app, self._services = app, services
+    def __init__(self, app: Celery, services: Services, alive: Callable[[], None]) -> None:
+        self._app, self._services, self._alive = app, services, alive
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
 
@@ -167,6 +203,7 @@ class _Sweeper:
         while not self._over.wait(2 * SWEEP_S):
             try:
                 sweep_once(self._app, self._services)
+                self._alive()
             except (SQLAlchemyError, RedisError, OperationalError, OSError) as error:
                 log.warning("not swept", reason=type(error).__name__)
 

@@ -136,20 +136,27 @@ def left(database: Database, backbone_id: str) -> None:
 def watch(database: Database, backbone_id: str, used: Sequence[str]) -> tuple[set[str], dict[str, str]]:
     """Of the keys `used`, those that are no longer good; and what operators ask of this backbone's sessions, by id."""
     with database.read() as session:
-        bad = (
-            select(ApiKey.id)
-            .join(User, User.id == ApiKey.user_id)
-            .where(
-                ApiKey.id.in_(used),
-                or_(ApiKey.revoked_at.is_not(None), ApiKey.expires_at <= utc_now(), User.disabled_at.is_not(None)),
-            )
-        )
         asked = select(SessionRow.id, SessionRow.command).where(
             SessionRow.backbone_id == backbone_id,
             SessionRow.state.in_((SessionState.OPEN, SessionState.DRAINING)),
             SessionRow.command.is_not(None),
         )
-        return set(session.scalars(bad)), {row.id: str(row.command) for row in session.execute(asked)}
+        commands = {row.id: str(row.command) for row in session.execute(asked)}
+    return bad_keys(database, used), commands
+
+
+def bad_keys(database: Database, used: Sequence[str]) -> set[str]:
+    """Of these keys, those that are revoked or expired, or of a disabled user."""
+    bad = (
+        select(ApiKey.id)
+        .join(User, User.id == ApiKey.user_id)
+        .where(
+            ApiKey.id.in_(used),
+            or_(ApiKey.revoked_at.is_not(None), ApiKey.expires_at <= utc_now(), User.disabled_at.is_not(None)),
+        )
+    )
+    with database.read() as session:
+        return set(session.scalars(bad))
 
 
 def quotas_of(database: Database, callers: Sequence[Caller]) -> Mapping[str, list[Quota]]:

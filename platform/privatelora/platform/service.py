@@ -32,6 +32,7 @@ from privatelora.platform import valkey
 from privatelora.platform.database import Database
 from privatelora.platform.gate import Gate
 from privatelora.platform.models import source_of
+from privatelora.platform.net import listening, url_of
 from privatelora.platform.settings import Settings
 from privatelora.protocol.errors import ConfigurationError
 from privatelora.protocol.local import token_path
@@ -60,7 +61,7 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
     Raises `ConfigurationError` for a port in use, an address that is not this machine's, or a placement that does not
     fit the model; and what loading the model raises.
     """
-    with _stopped_by_signals(), _listening(settings.host, settings.port) as listener:
+    with _stopped_by_signals(), listening(settings.host, settings.port) as listener:
         gate = _gate(settings)
         token_file = token_path(settings.data_dir) if gate is None else None
         backbone = Backbone.load(
@@ -79,7 +80,7 @@ def serve(settings: Settings, progress: Callable[[str], None], ready: Callable[[
         tls = (str(settings.certfile), str(settings.keyfile)) if settings.certfile else (None, None)
         running = server(plane, settings.host, settings.port, *tls)
         address = Ready(
-            url=_url("https" if settings.certfile else "http", settings.host, listener),
+            url=url_of(settings.certfile is not None, settings.host, listener),
             token_file=token_file,
             model=backbone.model_info.name,
             layers=depth,
@@ -159,28 +160,6 @@ def _stopped_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A listening socket, closed in the end; what connects to it is answered once uvicorn has it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen()  # binding alone would not keep another process from the same port
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host}:{port} ({error.strerror or error}); stop what uses it, or choose another "
-                "with --port (0 takes a free one) or --host"
-            ) from None
-        yield listener
-
-
-def _url(scheme: str, host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _data_plane_settings(settings: Settings, depth: int) -> DataPlaneSettings:

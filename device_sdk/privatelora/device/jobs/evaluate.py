@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import msgspec
 from privatelora.protocol.jobs import JobKind
 
 if TYPE_CHECKING:
-    from privatelora.device.agent import JobContext
+    from privatelora.device.context import JobContext
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
@@ -20,11 +21,12 @@ class Params(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, forbid_unknown_fields=True):
-    """loss: mean over labelled tokens, in nats."""
+    """loss: mean over labelled tokens, in nats; examples: of `of_examples`, where a limit of the policy came first."""
 
     loss: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     tokens: Count
     examples: Count
+    of_examples: Count
     seconds: Annotated[float, msgspec.Meta(ge=0, le=1e7)]
     bytes_up: Count
     bytes_down: Count
@@ -34,15 +36,28 @@ KIND = JobKind("evaluate", Params, Report)
 
 
 def run(context: JobContext) -> dict[str, int | float]:
+    from privatelora.device.data import Dataset
+
     params, started = msgspec.convert(context.params, Params), time.perf_counter()
+    loss, tokens, done = 0.0, 0, 0
     with context.session() as me:
-        found = me.evaluate(context.data, batch_size=params.batch_size)
-        count = me.remote.count
-        context.check()
+        examples, count = me.examples(context.data).examples, me.remote.count
+        for begin in range(0, len(examples), params.batch_size):
+            batch = Dataset(examples[begin : begin + params.batch_size], 0)
+            found = me.evaluate(batch, batch_size=params.batch_size)
+            loss, tokens, done = loss + found.loss * found.tokens, tokens + found.tokens, done + found.examples
+            if done == len(examples):
+                break
+            if context.stops():
+                context.check()
+            seconds, moved = time.perf_counter() - started, count.payload_up + count.payload_down
+            if seconds >= (context.max_seconds or math.inf) or moved >= (context.max_bytes or math.inf):
+                break
         return {
-            "loss": found.loss,
-            "tokens": found.tokens,
-            "examples": found.examples,
+            "loss": loss / tokens,
+            "tokens": tokens,
+            "examples": done,
+            "of_examples": len(examples),
             "seconds": time.perf_counter() - started,
             "bytes_up": count.payload_up,
             "bytes_down": count.payload_down,

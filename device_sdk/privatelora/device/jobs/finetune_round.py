@@ -5,14 +5,18 @@ What the operator chooses are numbers: epochs, batch size, learning rate and bud
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from privatelora.protocol.errors import ConfigurationError
 from privatelora.protocol.jobs import JobKind
 
 if TYPE_CHECKING:
-    from privatelora.device.agent import JobContext
+    from privatelora.device.context import JobContext
+    from privatelora.device.training import FinetuneReport
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Loss = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
@@ -28,7 +32,10 @@ class Params(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, forbid_unknown_fields=True):
-    """loss: of the last batch, in nats a labelled token; stopped: index into `training.STOPPED`."""
+    """What was done since this job was last begun on the device.
+
+    loss, first_loss: of the last and the first batch, in nats a labelled token; stopped: index into `training.STOPPED`.
+    """
 
     loss: Loss
     first_loss: Loss
@@ -45,12 +52,14 @@ KIND = JobKind("finetune-round", Params, Report)
 
 
 def run(context: JobContext) -> dict[str, int | float]:
+    from privatelora.device.context import JobError
     from privatelora.device.training import STOPPED
 
     params = msgspec.convert(context.params, Params)
     with context.session() as me:
         data = me.examples(context.data)
-        report = me.finetune(
+        train = partial(
+            me.finetune,
             data,
             epochs=params.epochs,
             batch_size=params.batch_size,
@@ -59,11 +68,14 @@ def run(context: JobContext) -> dict[str, int | float]:
             max_bytes=context.least(params.max_bytes, context.max_bytes),
             seed=params.seed,
             callbacks=[lambda step: context.stops()],
-            resume=context.resumes(me),
         )
-    context.check()
+        cut_off = context.resumable and bool(me.progress) and not me.progress["finished"]
+        report = _resumed(train) if cut_off else train()
+    if report.stopped == "callback":
+        context.check()
+    context.retry_after_s = report.retry_after_s
     if not report.history:
-        context.give_up(f"no step was done ({report.stopped})", report.retry_after_s)
+        raise JobError(f"no step was done ({report.stopped})", retry=True, retry_after_s=report.retry_after_s)
     return {
         "loss": report.history[-1].loss,
         "first_loss": report.history[0].loss,
@@ -75,3 +87,11 @@ def run(context: JobContext) -> dict[str, int | float]:
         "bytes_down": report.bytes_down,
         "stopped": STOPPED.index(report.stopped),
     }
+
+
+def _resumed(train: Callable[..., FinetuneReport]) -> FinetuneReport:
+    """Go on from the last step; a new round where the data changed or their owner has trained meanwhile."""
+    try:
+        return train(resume=True)
+    except ConfigurationError:  # raised before anything is done, and again by `train` if it is about something else
+        return train()

@@ -266,9 +266,11 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("sessions", schema=None) as batch_op:
         batch_op.create_index("ix_sessions_backbone_id_state", ["backbone_id", "state"], unique=False)
+        batch_op.create_index("ix_sessions_backbone_id_id", ["backbone_id", "id"], unique=False)
         batch_op.create_index("ix_sessions_closed_at", ["closed_at"], unique=False)
         batch_op.create_index("ix_sessions_device_id_id", ["device_id", "id"], unique=False)
         batch_op.create_index("ix_sessions_key_id_id", ["key_id", "id"], unique=False)
+        batch_op.create_index("ix_sessions_opened_at_id", ["opened_at", "id"], unique=False)
         batch_op.create_index("ix_sessions_state_id", ["state", "id"], unique=False)
         batch_op.create_index("ix_sessions_user_id_id", ["user_id", "id"], unique=False)
         batch_op.create_index("ix_sessions_user_id_state_id", ["user_id", "state", "id"], unique=False)
@@ -540,10 +542,12 @@ def downgrade() -> None:
         batch_op.drop_index("ix_sessions_user_id_state_id")
         batch_op.drop_index("ix_sessions_user_id_id")
         batch_op.drop_index("ix_sessions_state_id")
+        batch_op.drop_index("ix_sessions_opened_at_id")
         batch_op.drop_index("ix_sessions_key_id_id")
         batch_op.drop_index("ix_sessions_device_id_id")
         batch_op.drop_index("ix_sessions_closed_at")
         batch_op.drop_index("ix_sessions_backbone_id_state")
+        batch_op.drop_index("ix_sessions_backbone_id_id")
 
     op.drop_table("sessions")
     with op.batch_alter_table("jobs", schema=None) as batch_op:

@@ -12,7 +12,7 @@ from tests.support.fleet import Fleet
 from tests.support.proxy import Proxy, nth
 
 from privatelora.device import DeviceSession, FinetuneReport
-from privatelora.device.store import installation_of
+from privatelora.device.installation import installation_of
 from privatelora.protocol.errors import ConfigurationError, QuotaError, StoreError
 from privatelora.protocol.frames import Frame, Kind, Phase
 from privatelora.protocol.messages import ErrorInfo, control_frame

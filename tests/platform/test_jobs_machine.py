@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
 
 from privatelora.platform.audit import SERVICE, Actor
 from privatelora.platform.database import Database
 from privatelora.platform.jobs import kinds, machine
 from privatelora.platform.jobs.machine import JobConflictError, NoSuchJobError
 from privatelora.platform.tables import FINAL, AuditEntry, Device, Job, JobState, User, new_id, utc_now
-from privatelora.protocol.errors import ConfigurationError, PrivateLoraError, ProtocolError
+from privatelora.protocol.errors import ConfigurationError, ProtocolError
 from privatelora.protocol.jobs import JobKind, checked_report
 
 LEASE_S = 60.0
@@ -87,10 +90,21 @@ def test_a_job_goes_from_offer_to_report_once(database: Database, device: Device
 
 
 def test_nothing_is_offered_that_the_policy_does_not_allow(database: Database, device: Device, queued: Job) -> None:
+    offered(database, device)
     with database.write() as session:
         session.get_one(Device, device.id).allows = ["evaluate"]
     with database.read() as session:
         assert offered(database, session.get_one(Device, device.id)) == []
+
+
+def test_an_offer_that_nobody_answers_is_offered_again_under_the_next_fence(
+    database: Database, device: Device, queued: Job
+) -> None:
+    now = utc_now()
+    fences = [job.fence for late_s in (0, 30, 61) for job in offered(database, device, now + timedelta(seconds=late_s))]
+    assert fences == [1, 1, 2]
+    with pytest.raises(JobConflictError, match="another holder"):
+        run(database, machine.accept, queued.id, device.id, 1, now, LEASE_S)
 
 
 def test_a_late_holder_is_refused_and_the_next_one_is_not(database: Database, device: Device, queued: Job) -> None:
@@ -181,48 +195,114 @@ def test_a_job_that_makes_no_sense_is_refused_with_the_reason(
         machine.queue(session, SERVICE, kind, params, device=device if on else None)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_every_job_ends_exactly_once_whatever_holders_do(database: Database, device: Device, seed: int) -> None:
-    """Holders claim, report, fail, fall silent, and speak late; a clock of its own passes over leases and backoffs."""
-    chance, now = random.Random(seed), utc_now()
+def test_workers_that_look_at_once_take_each_job_once_and_the_most_urgent_first(database: Database) -> None:
     with database.write() as session:
-        jobs = [machine.queue(session, SERVICE, "on-worker", {}, max_attempts=3) for _ in range(5)]
+        queued = [machine.queue(session, SERVICE, "on-worker", {}, priority=urgency % 5) for urgency in range(20)]
+    urgency = {job.id: job.priority for job in queued if job is not None}
+
+    def worker(name: str) -> list[str]:
+        taken = []
+        while (job := run(database, machine.take, name, utc_now(), LEASE_S)) is not None:
+            taken.append(job.id)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        of_each = list(pool.map(worker, "abcd"))
+    assert sorted(job_id for taken in of_each for job_id in taken) == sorted(urgency)
+    for taken in of_each:
+        assert [urgency[job_id] for job_id in taken] == sorted((urgency[job_id] for job_id in taken), reverse=True)
+
+
+def test_a_report_that_is_told_twice_at_once_is_kept_once_and_answered_alike(database: Database) -> None:
+    with database.write() as session:
+        assert machine.queue(session, SERVICE, "on-worker", {}) is not None
+    job = run(database, machine.take, "worker", utc_now(), LEASE_S)
+    with ThreadPoolExecutor(4) as pool:
+        told = [pool.submit(run, database, machine.finish, job.id, "worker", 1, {"loss": 0.5}) for _ in range(8)]
+    assert [one.result().state for one in told] == [JobState.DONE] * 8
+
+
+def test_a_worker_that_stops_gives_its_job_back_as_it_was(database: Database) -> None:
+    with database.write() as session:
+        assert machine.queue(session, SERVICE, "on-worker", {}, max_attempts=1) is not None
+    job = run(database, machine.take, "worker", utc_now(), LEASE_S)
+    run(database, machine.give_back, job.id, "worker", 1)
+    again = run(database, machine.take, "another", utc_now(), LEASE_S)
+    assert (again.id, again.attempts, again.fence) == (job.id, 1, 2)
+
+
+ACTIONS = (
+    "take",
+    "take",
+    "offer",
+    "accept",
+    "start",
+    "finish",
+    "fail",
+    "beat",
+    "refuse",
+    "give back",
+    "cancel",
+    "sweep",
+)
+Turn = tuple[str, int, int]  # what is done, by which of the holders so far, and how many seconds pass before
+turns = st.lists(
+    st.tuples(st.sampled_from(ACTIONS), st.integers(0, 10**6), st.sampled_from((0, 1, 30, 61, 4000))),
+    min_size=30,
+    max_size=80,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns)
+def test_every_job_ends_exactly_once_whatever_holders_do(database: Database, device: Device, turns: list[Turn]) -> None:
+    """Holders claim, report, fail, fall silent, and speak late; a clock of its own passes over leases and backoffs."""
+    now = utc_now()
+    with database.write() as session:
+        jobs = [machine.queue(session, SERVICE, "on-worker", {}, max_attempts=2) for _ in range(2)]
+        jobs += [machine.queue(session, SERVICE, "on-device", {}, device=device) for _ in range(2)]
+        late = now + timedelta(seconds=5000)
+        jobs.append(machine.queue(session, SERVICE, "on-worker", {}, deadline=late, run_at=now))
     ids = [job.id for job in jobs if job is not None]
-    holders: list[tuple[str, str, int]] = []  # everyone who ever held one, most of them dead or late
-    ended: dict[str, int] = dict.fromkeys(ids, 0)
-    for turn in range(400):
-        now += timedelta(seconds=chance.choice([0, 1, 30, 4000]))
-        name, action = f"worker-{turn}", chance.choice(["claim", "claim", "finish", "fail", "beat", "sweep"])
-        with database.write() as session:
-            before = {job_id: session.get_one(Job, job_id).state for job_id in ids}
-            with suppress(PrivateLoraError):
-                if action == "claim":
-                    job = machine.claim(session, chance.choice(ids), name, now, LEASE_S)
-                    if job is not None:
-                        holders.append((job.id, name, job.fence))
-                elif action == "sweep":
-                    machine.sweep(session, now)
-                elif holders:
-                    job_id, name, fence = chance.choice(holders)
-                    if action == "finish":
-                        machine.finish(session, job_id, name, fence, {"loss": float(fence)})
-                    elif action == "fail":
-                        machine.fail(session, job_id, name, fence, "it failed", chance.random() < 0.7)
-                    else:
-                        machine.beat(session, job_id, name, fence, now, LEASE_S)
-            session.expire_all()
-            for job_id in ids:
-                after = session.get_one(Job, job_id)
-                if before[job_id] in FINAL:
-                    assert after.state == before[job_id]
-                elif after.state in FINAL:
-                    ended[job_id] += 1
-                    if after.state == JobState.DONE:
-                        assert after.result == {"loss": float(after.fence)}  # of the newest holder, nobody else's
-    with database.read() as session:
-        left = {job.id for job in session.query(Job) if job.state not in FINAL}
-    assert all(count == 1 for job_id, count in ended.items() if job_id not in left)
-    assert sum(ended.values()) >= 3
+    holders = [(ids[0], "nobody", 0)]  # everyone who ever held one, most of them silent or late by now
+    before = dict.fromkeys(ids, Job(state=JobState.QUEUED, fence=0))
+    for action, chosen, passed_s in [*turns, *[("take", 0, 4000), ("sweep", 0, 4000)] * 8]:
+        now += timedelta(seconds=passed_s)
+        job_id, name, fence = holders[chosen % len(holders)]
+        with database.write() as session, suppress(JobConflictError, NoSuchJobError):
+            if action == "take":
+                job = machine.take(session, f"worker-{len(holders)}", now, LEASE_S)
+                holders += [(job.id, str(job.holder), job.fence)] if job is not None else []
+            elif action == "offer":
+                holders += [(job.id, device.id, job.fence) for job in machine.offers(session, device, now, LEASE_S)]
+            elif action in ("accept", "start", "beat"):
+                getattr(machine, action)(session, job_id, name, fence, now, LEASE_S)
+            elif action == "finish":
+                machine.finish(session, job_id, name, fence, {"loss": float(fence)})
+            elif action == "fail":
+                machine.fail(session, job_id, name, fence, "it failed", chosen % 3 > 0)
+            elif action == "refuse":
+                machine.refuse(session, job_id, name, fence, "no")
+            elif action == "give back" and name != device.id:
+                machine.give_back(session, job_id, name, fence)
+            elif action == "cancel" and chosen % 5 == 0:
+                machine.cancel(session, SERVICE, job_id)
+            elif action == "sweep":
+                machine.sweep(session, now)
+        with database.read() as session:
+            after = {job.id: job for job in session.scalars(select(Job).where(Job.id.in_(ids)))}
+        for one, is_now in after.items():
+            was = before[one]
+            assert is_now.fence - was.fence in (0, 1)
+            assert 0 <= is_now.attempts <= is_now.max_attempts
+            if was.state in FINAL:  # what ended stays as it ended
+                assert (is_now.state, is_now.fence, is_now.result) == (was.state, was.fence, was.result)
+            if is_now.state == JobState.DONE:  # by its newest holder, nobody else
+                assert is_now.result == {"loss": float(is_now.fence)}
+            assert (is_now.lease_until is not None) == (is_now.state in machine.HELD)
+        before = after
+    of_workers = [job for job in after.values() if job.device_id is None]
+    assert all(job.state in FINAL for job in of_workers), [job.state for job in of_workers]
 
 
 def test_a_report_is_checked_the_same_way_on_both_ends() -> None:

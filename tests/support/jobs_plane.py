@@ -137,9 +137,9 @@ class JobsPlane:
             return (503, busy) if self.info is None else (200, self.info)
         given = json.loads(body) if body else {}
         try:
+            if parts[:3] == ["api", "v1", "installations"]:
+                return 200, self._register(parts[3], given)
             if parts[:3] == ["api", "v1", "devices"]:
-                if method == "PUT":
-                    return 200, self._register(parts[3], given)
                 return 200, self._offers(parts[3], float(parse_qs(url.query)["wait_s"][0]))
             if parts[:3] == ["api", "v1", "jobs"]:
                 return 200, self._step(parts[3], parts[4], given)

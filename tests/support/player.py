@@ -13,7 +13,7 @@ from tests.support.wire import RANK, Wire, announced, begin, open_frame
 from websockets.exceptions import ConnectionClosed
 
 from privatelora.protocol.codec import WireDtype
-from privatelora.protocol.errors import PrivateLoraError, error_from_code
+from privatelora.protocol.errors import ConnectionLostError, PrivateLoraError, error_from_code
 from privatelora.protocol.frames import Frame, Kind, Phase, Selection
 from privatelora.protocol.messages import ErrorInfo, Opened, Queued, ServiceInfo, parse
 
@@ -115,7 +115,8 @@ class Player(Wire):
 
 
 def _reason(closed: ConnectionClosed) -> PrivateLoraError:
-    assert closed.rcvd is not None, f"the service closed without a word: {closed}"
+    if closed.rcvd is None:
+        return ConnectionLostError(f"the service closed without a word: {closed}")
     return error_from_code(closed.rcvd.reason, "the service closed the connection")
 
 

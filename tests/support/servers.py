@@ -56,6 +56,8 @@ class PostgresServer:
         for child in children:
             kill_if_there(child)
         _wait_gone(pid)
+        for left in ("postmaster.pid", ".s.PGSQL.5432.lock"):  # a zombie that nobody reaps passes for a server
+            (self.server.pgdata / left).unlink(missing_ok=True)
 
     def start(self) -> None:
         """Start it again, with its files as they are."""

@@ -33,7 +33,7 @@ PLANE = ("tests.support.plane",)
 class ServiceProcess:
     """One service process, which may die and come back at the same address.
 
-    `url` and `token` are what a device needs; `log` holds all that the process ever printed.
+    `url` and `token` are what a device needs, `ready` is all that it announced; `log` holds all that it ever printed.
     """
 
     module: tuple[str, ...]
@@ -42,6 +42,8 @@ class ServiceProcess:
     log: Path
     url: str = ""
     token: str = ""
+    ready: dict[str, Any] = field(default_factory=dict)
+    takes_port: bool = True
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -53,7 +55,7 @@ class ServiceProcess:
         with self.log.open("ab") as log:
             begun = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.module, *self.options, "--port", str(self.port)],
+                [sys.executable, "-m", *self.module, *self.options, *(("--port", str(self.port)) * self.takes_port)],
                 cwd=REPOSITORY,
                 env=self.environment,
                 stdout=subprocess.PIPE,
@@ -67,8 +69,8 @@ class ServiceProcess:
         if not line:
             self.process.wait()
             raise RuntimeError(f"the service did not start:\n{self.log.read_bytes()[begun:].decode()}")
-        ready = json.loads(line)
-        self.url = ready["url"]
+        self.ready = ready = json.loads(line)
+        self.url = ready.get("url", "")
         self.token = Path(ready["token_file"]).read_text().strip() if ready.get("token_file") else self.token
 
     def kill(self) -> None:
@@ -122,13 +124,17 @@ def plane(
 
 @contextmanager
 def running_process(
-    module: tuple[str, ...], options: tuple[str, ...], log: Path, environment: Mapping[str, str] | None = None
+    module: tuple[str, ...],
+    options: tuple[str, ...],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    takes_port: bool = True,
 ) -> Iterator[ServiceProcess]:
     """`python -m module options`, with `environment` in place of this process's settings."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PRIVATELORA_")}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    running = ServiceProcess(module, options, inherited | quiet | dict(environment or {}), log)
+    running = ServiceProcess(module, options, inherited | quiet | dict(environment or {}), log, takes_port=takes_port)
     try:
         running.start()
         yield running

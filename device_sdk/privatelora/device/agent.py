@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from privatelora.device.context import JobContext, JobError
 from privatelora.device.control import ControlPlane, JobGoneError, Offer
+from privatelora.device.installation import installation_of
 from privatelora.device.notes import Notes
 from privatelora.device.policy import Policy, on_power
-from privatelora.device.store import installation_of
 from privatelora.protocol.errors import (
     AdmissionError,
     ConfigurationError,

@@ -101,10 +101,10 @@ class ControlPlane:
         self._say(device, offer, "heartbeat")
 
     def refuse(self, device: str, offer: Offer, reason: str) -> None:
-        self._say(device, offer, "refuse", {"reason": reason[:200]})
+        self._say(device, offer, "refuse", {"reason": _plain(reason, 200)})
 
     def fail(self, device: str, offer: Offer, error: str, retry: bool) -> None:
-        self._say(device, offer, "fail", {"error": error[:500], "retry": retry})
+        self._say(device, offer, "fail", {"error": _plain(error, 500), "retry": retry})
 
     def report(self, device: str, offer: Offer, numbers: Mapping[str, int | float]) -> None:
         self._say(device, offer, "result", {"report": dict(numbers)})
@@ -128,6 +128,11 @@ class ControlPlane:
             return msgspec.json.decode(response.content, type=answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise IncompatibleError(f"{self.base_url} answered what no control plane answers ({error})") from None
+
+
+def _plain(text: str, most: int) -> str:
+    """A text in one line, without what no terminal should be sent."""
+    return "".join(char if char.isprintable() else " " for char in text)[:most]
 
 
 def _error(response: httpx.Response) -> PrivateLoraError:

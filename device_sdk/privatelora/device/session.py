@@ -29,6 +29,7 @@ from privatelora.device.data import Dataset, Example, LocalData, chat_renderer, 
 from privatelora.device.data_rows import ChatRow, checked_messages
 from privatelora.device.exchange import RemoteLayers
 from privatelora.device.generation import Sampler, pieces
+from privatelora.device.installation import installation_of
 from privatelora.device.model import DeviceModel, end_tokens, load_tokenizer
 from privatelora.device.options import Options, resolve
 from privatelora.device.replay import OnQuota, Replay
@@ -134,7 +135,7 @@ class DeviceSession:
                 wire,
                 self.model.dtype,
                 on_wait,
-                self.store.installation(),
+                installation_of(self.store.path.parent),
             )
             self.replay = Replay(self.remote, retry_s)
             self.replay.on_quota = on_quota or self.replay.on_quota

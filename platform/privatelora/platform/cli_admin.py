@@ -46,10 +46,12 @@ def where(
 
 
 @admin.command()
-def upgrade(context: typer.Context, revision: Annotated[str, typer.Argument()] = "head") -> None:
+def upgrade(
+    context: typer.Context, revision: Annotated[str, typer.Argument()] = "head", as_json: AsJson = False
+) -> None:
     """Bring the database to this release's schema; makes it if it is empty."""
     with _shell(context, checked=False) as shell:
-        print(f"the schema is at revision {shell.upgrade(revision)}")
+        print_rows([{"revision": shell.upgrade(revision)}], ("revision",), as_json)
 
 
 @admin.command()
@@ -57,12 +59,13 @@ def downgrade(
     context: typer.Context,
     revision: Annotated[str, typer.Argument(help="An older revision, or base for no table at all.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring the database back to an older schema. What only the newer one holds is deleted: have a backup."""
     if not yes:
         typer.confirm(f"delete what revision {revision} does not have?", abort=True)
     with _shell(context, checked=False) as shell:
-        print(f"the schema is at revision {shell.downgrade(revision)}")
+        print_rows([{"revision": shell.downgrade(revision)}], ("revision",), as_json)
 
 
 @admin.command("create-user", epilog="Example:\n\n  privatelora admin create-user alice --plan research")
@@ -238,11 +241,12 @@ def drain(
     context: typer.Context,
     sessions: Annotated[list[str] | None, typer.Argument(metavar="[SESSION]...")] = None,
     backbone: Annotated[str | None, typer.Option(help="All sessions of this backbone.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Have sessions finish their running passes and leave; their devices connect again by themselves."""
     from privatelora.platform.tables import Command
 
-    _command(context, Command.DRAIN, sessions or [], backbone)
+    _command(context, Command.DRAIN, sessions or [], backbone, as_json)
 
 
 @admin.command("end-session")
@@ -250,11 +254,12 @@ def end_session(
     context: typer.Context,
     sessions: Annotated[list[str] | None, typer.Argument(metavar="[SESSION]...")] = None,
     backbone: Annotated[str | None, typer.Option(help="All sessions of this backbone.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Have sessions leave at once; their devices are told so and do not come back by themselves."""
     from privatelora.platform.tables import Command
 
-    _command(context, Command.END, sessions or [], backbone)
+    _command(context, Command.END, sessions or [], backbone, as_json)
 
 
 @admin.command("queue-job", epilog="Example:\n\n  privatelora admin queue-job usage-rollup")
@@ -359,12 +364,12 @@ def _show_key(row: Mapping[str, Any], as_json: bool) -> None:
     print(f"{row['id']}, scope {row['scope']}: keep it now, it is not shown again", file=sys.stderr)
 
 
-def _command(context: typer.Context, command: Any, sessions: list[str], backbone: str | None) -> None:
+def _command(context: typer.Context, command: Any, sessions: list[str], backbone: str | None, as_json: bool) -> None:
     if not sessions and backbone is None:
         raise ConfigurationError("name sessions, or a --backbone; see `privatelora admin list-sessions`")
     with _shell(context) as shell:
         asked = shell.command_sessions(command, sessions, backbone)
-    print("\n".join(asked) if asked else "no session is there")
+    print_rows([{"id": one, "command": command} for one in asked], ("id", "command"), as_json)
 
 
 def _name(text: str) -> str:

@@ -31,7 +31,7 @@ from privatelora.platform.bank import LeaseBank
 from privatelora.platform.database import Database
 from privatelora.platform.events import Event, emit
 from privatelora.platform.keys import Caller
-from privatelora.platform.meter import SessionMeter
+from privatelora.platform.meter import SessionMeter, Unwritten
 from privatelora.platform.samples import Sampler
 from privatelora.platform.settings import Settings
 from privatelora.platform.tables import Command, new_id, utc_now
@@ -65,7 +65,8 @@ class Gate:
         self._bank = LeaseBank(database, valkey, settings, self._background, self._write_soon)
         self._wrong = FixedWindowRateLimiter(MemoryStorage())
         self._wrong_limit = RateLimitItemPerMinute(settings.wrong_keys_per_minute)
-        self._much = asyncio.Event()  # a session has moved so much that it is to be written now
+        self._much = asyncio.Event()  # so much has moved that it is to be written now
+        self._unwritten = Unwritten(settings.lease_bytes // 2, self._write_soon)
         self._plane: DataPlane | None = None
         self._url = ""
         self._info: ServiceInfo | None = None
@@ -98,7 +99,7 @@ class Gate:
         caller = owner.caller if isinstance(owner, Tenant) else None
         if caller is None or not caller.computes:
             raise AuthenticationError("this key may only look; a session needs a key of scope device")
-        meter = SessionMeter(new_id("ses"), number, caller, self._settings.lease_bytes // 2, self._write_soon)
+        meter = SessionMeter(new_id("ses"), number, caller, self._unwritten)
         found = await self._background.answer(lambda: registry.quotas_of(self._database, [caller]))
         shared = self._bank.shared(found[caller.key])
         opening: asyncio.Future[None] | None = None
@@ -184,7 +185,7 @@ class Gate:
         self._much.set()
 
     async def _write_in_time(self) -> None:
-        """Write every `flush_s`, or as soon as a session has moved half a lease since."""
+        """Write every `flush_s`, or as soon as half a lease has moved since."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._settings.flush_s):
                 await self._much.wait()
@@ -205,7 +206,9 @@ class Gate:
                 allowance.written = amount
         for one in readings:
             meter = self._meters[one.id]
-            meter.written = one.bytes_up + one.bytes_down
+            moved = one.bytes_up + one.bytes_down
+            self._unwritten.total -= moved - meter.written
+            meter.written = moved
             if one.closed_at is not None:
                 del self._meters[one.id]
                 data = {"reason": one.end_reason, "bytes_up": one.bytes_up, "bytes_down": one.bytes_down}

@@ -241,18 +241,31 @@ Shared = Allowance | Rate | Holding | Slots
 
 
 @dataclass(eq=False)
+class Unwritten:
+    """Bytes that all sessions here have moved and the database does not know of; calls `write` at `much`."""
+
+    much: int
+    write: Callable[[], None]
+    total: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.total += nbytes
+        if self.total > self.much:
+            self.write()
+
+
+@dataclass(eq=False)
 class SessionMeter:
     """One session's account: the data plane's `Meter`.
 
     id : of its row; number : what the wire calls it; bytes_up, bytes_down, tokens : since it began.
-    much, write : call `write` once so many bytes have moved that the database does not know of.
+    unwritten : of all sessions here; written : of this one's bytes, what the database knows.
     """
 
     id: str
     number: int
     caller: Caller
-    much: int
-    write: Callable[[], None]
+    unwritten: Unwritten
     written: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -328,8 +341,7 @@ class SessionMeter:
     def spend(self, bytes_up: int, bytes_down: int) -> None:
         self.bytes_up += bytes_up
         self.bytes_down += bytes_down
-        if self.bytes_up + self.bytes_down - self.written > self.much:
-            self.write()
+        self.unwritten.add(bytes_up + bytes_down)
         if self.shared:
             spent = (bytes_up, bytes_down)
             for allowance, which in self._bytes:

@@ -1,23 +1,25 @@
 """Jobs by the clock: a row of ours says what, Celery beat's own row, named `schedule:<id>`, says when.
 
     create, change, delete     keep both in step, in the caller's transaction
-    fire                       called by the beat's task: queues the job, one for each device of the target
+    fire                       queues the job, one for each device of the target, if the schedule's time has come
+    due                        those whose time has come: what beat's tick was lost for, which a sweep finds
 
-A tick that comes twice, from a beat that was killed or from two of them, queues nothing the second time: the job's
-`dedupe` is the schedule, the minute and the device.
+The database knows when a schedule fired last, so a tick that comes twice or late, from a beat that was killed or from
+two of them, queues nothing the second time, and one that never comes is made up for. What was missed while everything
+was down is done once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo
 
 from celery.schedules import ParseException, crontab
-from sqlalchemy import Select, select
+from sqlalchemy import Select, literal, select, update
 from sqlalchemy.orm import Session
-from sqlalchemy_celery_beat.models import CrontabSchedule, PeriodicTask
+from sqlalchemy_celery_beat.models import CrontabSchedule, IntervalSchedule, Period, PeriodicTask
 
 from privatelora.platform.audit import SERVICE, Actor, record
 from privatelora.platform.jobs import machine
@@ -26,11 +28,15 @@ from privatelora.platform.tables import Device, Job, Schedule, User, new_id, utc
 from privatelora.protocol.errors import ConfigurationError
 from privatelora.protocol.jobs import checked_params
 
-FIRE = "privatelora.fire"  # name of the Celery task
+FIRE, SWEEP = "privatelora.fire", "privatelora.sweep"  # names of Celery's tasks
+SWEEP_S = 2
+STALE_S = 60  # a message that no worker took by then is thrown away; a sweep makes up for it
+SWEEP_ROW = "service:sweep"  # beat's row that is the service's own
 TARGETS = ("all", "plan", "team", "user", "device")
 FIELDS = ("minute", "hour", "day_of_month", "month_of_year", "day_of_week")  # of a line of cron, in order
 DEFAULTS = (("usage-rollup", "* * * * *"), ("session-reaper", "* * * * *"), ("retention", "30 3 * * *"))
 """What every service does by itself: kind and cron."""
+FURTHEST_DAYS = 5 * 366  # within which a line of cron must come
 
 
 def create(
@@ -90,28 +96,42 @@ def delete(session: Session, actor: Actor, row: Schedule) -> None:
 
 
 def ensure_defaults(session: Session) -> None:
-    """What every service does by itself, unless it is there; an operator may change it like any other schedule."""
-    known = set(session.scalars(select(Schedule.name)))
+    """At a service's first start: its own sweep, and what it does by itself; the latter may be changed or deleted."""
+    if session.scalar(select(PeriodicTask.id).where(PeriodicTask.name == SWEEP_ROW)) is not None:
+        return
+    every = IntervalSchedule(every=SWEEP_S, period=Period.SECONDS)
+    session.add(every)
+    session.flush()
+    sweep = PeriodicTask(name=SWEEP_ROW, task=SWEEP, schedule_model=every, description="the service's own")
+    sweep.expire_seconds = 2 * SWEEP_S
+    session.add(sweep)
     for kind, cron in DEFAULTS:
-        if kind not in known:
-            create(session, SERVICE, name=kind, kind=kind, cron=cron, params={}, target={})
+        create(session, SERVICE, name=kind, kind=kind, cron=cron, params={}, target={})
 
 
 def fire(session: Session, schedule_id: str, now: datetime) -> list[Job]:
-    """Queue what a schedule is for, as of this minute; what was queued for it already is not queued again."""
-    row = session.get(Schedule, schedule_id)
-    if row is None or not row.enabled:
+    """Queue what a schedule is for, if its time has come since it fired last."""
+    found = session.execute(_enabled.where(Schedule.id == schedule_id)).one_or_none()
+    if found is None:
         return []
-    row.last_fired_at = now
-    minute = now.replace(second=0, microsecond=0)
-    deadline = now + timedelta(seconds=row.deadline_s) if row.deadline_s is not None else None
+    row, since = found
+    time = _time(row, since)
+    if time is None or time > now:
+        return []
+    # whoever fires it notes that in the same transaction; of two at once the second finds it noted
+    noted = session.execute(
+        update(Schedule)
+        .where(Schedule.id == row.id, Schedule.enabled, Schedule.last_fired_at.is_not_distinct_from(row.last_fired_at))
+        .values(last_fired_at=now)
+        .execution_options(synchronize_session=False)
+    )
+    if not noted.rowcount:  # type: ignore[attr-defined]  # an UPDATE's result has it
+        return []
     devices: list[Device | None] = [None]
     if kind_of(row.kind).on_device:
         devices = [device for device in session.scalars(_devices(row.target)) if row.kind in device.allows]
-    queued = []
-    for device in devices:
-        of = device.id if device is not None else "service"
-        job = machine.queue(
+    queued = (
+        machine.queue(
             session,
             SERVICE,
             row.kind,
@@ -119,13 +139,41 @@ def fire(session: Session, schedule_id: str, now: datetime) -> list[Job]:
             device=device,
             priority=row.priority,
             run_at=now,
-            deadline=deadline,
-            dedupe=f"{row.id}:{minute:%Y%m%d%H%M}:{of}",
+            deadline=None if row.deadline_s is None else now + timedelta(seconds=row.deadline_s),
+            dedupe=f"{row.id}:{time.astimezone(UTC):%Y%m%d%H%M}:{'service' if device is None else device.id}",
             schedule_id=row.id,
         )
-        if job is not None:
-            queued.append(job)
-    return queued
+        for device in devices
+    )
+    return [job for job in queued if job is not None]
+
+
+def due(session: Session, now: datetime) -> list[str]:
+    """Ids of schedules whose time has come since they fired last."""
+    times = ((row.id, _time(row, since)) for row, since in session.execute(_enabled))
+    return [schedule_id for schedule_id, time in times if time is not None and time <= now]
+
+
+def next_time(cron: str, timezone: str, after: datetime) -> datetime | None:
+    """When a line of cron comes next, as Celery reads it: day of month and day of week must both fit. None: never."""
+    fields: Any = crontab(**checked_fields(cron))  # its type has not the sets that it is made of
+    zone = ZoneInfo(timezone)
+    local = after.astimezone(zone)
+    for day in (local.date() + timedelta(days=days) for days in range(FURTHEST_DAYS)):
+        if (
+            day.month not in fields.month_of_year
+            or day.day not in fields.day_of_month
+            or day.isoweekday() % 7 not in fields.day_of_week
+        ):
+            continue
+        for hour in sorted(fields.hour):
+            for minute in sorted(fields.minute):
+                if day == local.date() and (hour, minute) <= (local.hour, local.minute):
+                    continue
+                time = datetime(day.year, day.month, day.day, hour, minute, tzinfo=zone).astimezone(UTC)
+                if time > after:  # as it is not in the hour that comes twice
+                    return time
+    return None
 
 
 def checked_target(kind: str, target: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,19 +192,33 @@ def checked_target(kind: str, target: Mapping[str, Any]) -> dict[str, Any]:
     return {of: value}
 
 
-def checked_cron(text: str) -> dict[str, str]:
-    """The five fields of a line of cron; raises `ConfigurationError` that says which is not valid."""
-    parts = text.split()
+def checked_fields(cron: str) -> dict[str, str]:
+    """The five fields of a line of cron; raises `ConfigurationError` that says what is wrong with it."""
+    parts = cron.split()
     if len(parts) != len(FIELDS):
         raise ConfigurationError(
-            f"cron {text!r} has {len(parts)} fields; write five: minute, hour, day of month, month, day of week"
+            f"cron {cron!r} has {len(parts)} fields; write five: minute, hour, day of month, month, day of week"
         )
     fields = dict(zip(FIELDS, parts, strict=True))
     try:
         crontab(**fields)
     except (ParseException, ValueError, KeyError) as error:
-        raise ConfigurationError(f"cron {text!r} cannot be read ({error})") from None
+        raise ConfigurationError(f"cron {cron!r} cannot be read ({error})") from None
     return fields
+
+
+def _checked_when(cron: str, timezone: str, now: datetime) -> dict[str, str]:
+    """Fields of beat's row; raises `ConfigurationError`."""
+    fields = checked_fields(cron)
+    try:
+        never = next_time(cron, timezone, now) is None
+    except (LookupError, ValueError, OSError):  # no such file of the time zones' folder, or none that is one
+        raise ConfigurationError(
+            f"timezone {timezone!r} is not known; write a name such as Europe/Zurich or UTC"
+        ) from None
+    if never:
+        raise ConfigurationError(f"cron {cron!r} does not come within five years; write a day that there is")
+    return fields | {"timezone": timezone}
 
 
 def _devices(target: Mapping[str, Any]) -> Select[Device]:
@@ -168,24 +230,39 @@ def _devices(target: Mapping[str, Any]) -> Select[Device]:
     return found.where(column == value)
 
 
+def _time(row: Schedule, since: datetime | None) -> datetime | None:
+    """When a schedule is to fire next; what was before it was made, enabled or given its time does not count."""
+    start = row.created_at if since is None else since.replace(tzinfo=since.tzinfo or UTC)  # SQLite keeps no zone
+    return next_time(row.cron, row.timezone, max(start, row.last_fired_at or start))
+
+
 def _keep_in_step(session: Session, row: Schedule) -> None:
     """Celery beat's row for a schedule, as the schedule is now."""
-    if row.timezone not in available_timezones():
-        raise ConfigurationError(f"timezone {row.timezone!r} is not known; write a name such as Europe/Zurich or UTC")
-    fields = checked_cron(row.cron) | {"timezone": row.timezone}
+    now = utc_now()
+    fields = _checked_when(row.cron, row.timezone, now)
     when = session.scalar(select(CrontabSchedule).filter_by(**fields)) or CrontabSchedule(**fields)
     session.add(when)
     session.flush()
     found = _beat_rows(session, row.id)
-    task = found[0] if found else PeriodicTask(name=_beat_name(row.id), task=FIRE)
-    task.schedule_model = when
-    task.args, task.enabled = f'["{row.id}"]', row.enabled
+    task = found[0] if found else PeriodicTask(name=_beat_name(row.id), task=FIRE, args=f'["{row.id}"]')
+    task.expire_seconds = STALE_S
+    if not found or (task.schedule_id, task.enabled) != (when.id, row.enabled):
+        task.start_time = task.last_run_at = now  # else beat would make up for all the time before
+    task.schedule_model, task.enabled = when, row.enabled
     session.add(task)
     session.flush()
 
 
 def _beat_rows(session: Session, schedule_id: str) -> list[PeriodicTask]:
     return list(session.scalars(select(PeriodicTask).where(PeriodicTask.name == _beat_name(schedule_id))))
+
+
+_enabled = (
+    select(Schedule, PeriodicTask.start_time)
+    .outerjoin(PeriodicTask, PeriodicTask.name == literal("schedule:") + Schedule.id)
+    .where(Schedule.enabled)
+    .execution_options(populate_existing=True)
+)
 
 
 def _beat_name(schedule_id: str) -> str:

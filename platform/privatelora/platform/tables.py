@@ -257,6 +257,8 @@ class SessionRow(Base):
         Index("ix_sessions_backbone_id_state", "backbone_id", "state"),
         Index("ix_sessions_device_id_id", "device_id", "id"),
         Index("ix_sessions_key_id_id", "key_id", "id"),
+        Index("ix_sessions_backbone_id_id", "backbone_id", "id"),
+        Index("ix_sessions_opened_at_id", "opened_at", "id"),
         Index("ix_sessions_closed_at", "closed_at"),
     )
 

@@ -38,6 +38,7 @@ from privatelora.protocol.messages import INFO_PATH
 
 STOP_ORDER = (("backbone",), ("worker", "beat"), ("api",), ("valkey",))
 STOP_S = 15.0
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # hosts that mean every address, and where we ask ourselves
 LOOK_S = 0.1  # between two looks at whether something answers
 VALKEY_START_S = 30.0  # a long append-only file is read first
 COLOURS = {"valkey": "red", "api": "green", "worker": "yellow", "beat": "magenta", "backbone": "cyan"}
@@ -61,6 +62,11 @@ def run(settings: Settings, ready: Callable[[Ready], None]) -> None:
     Raises `ConfigurationError` for what a person has to mend before it can start, and `ServiceError` if a part of it
     keeps dying.
     """
+    if settings.host in ANY and settings.public_url is None:
+        raise ConfigurationError(
+            f"--host={settings.host} is every address of this machine, and devices have to be told one for the "
+            "backbone: set PRIVATELORA_PUBLIC_URL=https://NAME:8766 and PRIVATELORA_BACKBONE_PORT=8766"
+        )
     os.umask(0o077)  # what it writes is its owner's
     with embedded.locked(settings.data_dir) as lock, listening(settings.host, settings.port) as listener:
         asyncio.run(_Service(settings, lock, listener).run(ready))
@@ -136,7 +142,8 @@ class _Service:
         keeps = (self._lock, self._listener.fileno()) if name == "api" else (self._lock,)
         command = [sys.executable, "-m", "privatelora.platform", *arguments]
         grace_s = self._settings.drain_s + 3 if name == "backbone" else 5.0
-        return Part(name, command, environment_of(self._settings), keeps=keeps, grace_s=grace_s)
+        environment = environment_of(self._settings) | {"PYTHONWARNINGS": "ignore:::celery.platforms"}  # of being root
+        return Part(name, command, environment, keeps=keeps, grace_s=grace_s)
 
     async def _valkey_answers(self) -> None:
         client = valkey.connect(self._valkey_url)
@@ -154,7 +161,7 @@ class _Service:
         """Wait until the API is ready and sends devices on to a backbone."""
         port = self._listener.getsockname()[1]
         scheme = "https" if self._settings.certfile else "http"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)
+        host = ANY.get(self._settings.host, self._settings.host)
         base = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         headers = {"Authorization": f"Bearer {token}"}
         # the certificate is our own, and its name need not be this address

@@ -9,15 +9,17 @@ The process imports no torch: what computes is a backbone.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
 
+import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import Match
 
 from privatelora.platform import valkey
 from privatelora.platform.api.counts import HttpCounts
@@ -34,7 +36,8 @@ from privatelora.platform.settings import Settings, load_settings
 from privatelora.protocol.errors import ConfigurationError, PrivateLoraError
 from privatelora.protocol.messages import INFO_PATH
 
-CONNECTIONS = 10  # to the database that are kept open
+CONNECTIONS = 10  # to the database that are kept open, and as many again at need
+THREADS = 2 * CONNECTIONS  # that work on requests, so that none waits for a connection
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -58,6 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         looks = asyncio.create_task(services.offers.run())
         yield
         looks.cancel()
@@ -65,9 +69,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         services.valkey.close()
         database.close()
 
-    app = _App(title="privatelora", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    app = _App(title="privatelora", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    app.edge = lambda inner: Edge(inner, services.counts)
+    app.add_middleware(Edge, counts=services.counts)
     for router in ROUTERS:
         app.include_router(router)
     for kind in (RequestValidationError, HTTPException, PrivateLoraError):
@@ -76,18 +80,26 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 class _App(FastAPI):
-    """FastAPI with our own OpenAPI document, and `Edge` around everything, its own error pages too."""
-
-    edge: Callable[[ASGIApp], ASGIApp]
+    """FastAPI with our own OpenAPI document."""
 
     def openapi(self) -> dict[str, object]:
         if not self.openapi_schema:
             self.openapi_schema = document(self)
         return cast(dict[str, object], self.openapi_schema)
 
-    def build_middleware_stack(self) -> ASGIApp:
-        return self.edge(super().build_middleware_stack())
-
 
 async def _told(request: Request, error: Exception) -> Response:
-    return render(refusal_of(error), for_device=request.url.path == INFO_PATH)
+    refusal = refusal_of(error)
+    if refusal.status == 405:
+        refusal.headers["Allow"] = ", ".join(_methods(request))
+    return render(refusal, for_device=request.url.path == INFO_PATH)
+
+
+def _methods(request: Request) -> list[str]:
+    """Every method of the request's path; Starlette names those of its first route only."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    return sorted({method for route in routes if _fits(route, request) for method in route.methods or ()})
+
+
+def _fits(route: APIRoute, request: Request) -> bool:
+    return route.matches(request.scope)[0] is not Match.NONE

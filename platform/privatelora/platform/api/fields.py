@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ ULID = "[0-7][0-9A-HJKMNP-TV-Z]{25}"
 LARGEST = 2**63 - 1  # of the database's integers
 SMALLEST_INT, LARGEST_INT = -(2**31), 2**31 - 1
 FIRST_YEAR, LAST_YEAR = 2000, 2199
+JSON_CHARS, JSON_DEPTH = 16_384, 20  # of an object that is kept as it came
 
 
 def _text_only(value: Any) -> Any:
@@ -27,6 +29,29 @@ def _in_range(value: datetime) -> datetime:
     if not FIRST_YEAR <= value.year <= LAST_YEAR:
         raise ValueError(f"is not between the years {FIRST_YEAR} and {LAST_YEAR}")
     return value.astimezone(UTC)
+
+
+def _storable(value: dict[str, Any]) -> dict[str, Any]:
+    """What can be kept and shown again: an object that cannot would break every list that it is in."""
+    if _depth(value) > JSON_DEPTH:
+        raise ValueError(f"has more than {JSON_DEPTH} levels")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError:  # UnicodeEncodeError is one
+        raise ValueError("has a number that is not finite, or text that is not Unicode") from None
+    if len(text) > JSON_CHARS:
+        raise ValueError(f"is longer than {JSON_CHARS} characters")
+    if "\\u0000" in text:
+        raise ValueError("has a NUL character in it")
+    return value
+
+
+def _depth(value: Any, most: int = JSON_DEPTH + 1) -> int:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    if parts is None or most == 0:
+        return 0
+    return 1 + max((_depth(part, most - 1) for part in parts), default=0)
 
 
 class Strict(BaseModel):
@@ -66,6 +91,7 @@ When = Annotated[
     AfterValidator(_in_range),
     Field(examples=["2026-11-26T02:00:00Z"]),
 ]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_storable)]
 Count = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(strict=True, ge=SMALLEST_INT, le=LARGEST_INT)]
 Flag = Annotated[bool, Field(strict=True)]

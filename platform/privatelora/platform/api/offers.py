@@ -2,6 +2,7 @@
 
 OfferBoard.wait(device, seconds)    returns when there may be a job for the device, or the time is over
 OfferBoard.run                      the looks, until it is cancelled; the app's lifespan owns it
+OfferBoard.close                    lets everyone go, since the process ends
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ class OfferBoard:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: dict[str, set[asyncio.Event]] = {}
+        self.closed = False
 
     async def wait(self, device_id: str, seconds: float) -> None:
-        """Until a job may be there for this device, or the time is over."""
+        """Until a job may be there for this device, the time is over, or the process ends."""
+        if self.closed:
+            return
         came = asyncio.Event()
         self._waiting.setdefault(device_id, set()).add(came)
         try:
@@ -43,6 +47,18 @@ class OfferBoard:
             others.discard(came)
             if not others:
                 del self._waiting[device_id]
+
+    @property
+    def waiting(self) -> frozenset[str]:
+        """Devices whose agents wait."""
+        return frozenset(self._waiting)
+
+    def close(self) -> None:
+        """Let everyone go."""
+        self.closed = True
+        for waiting in self._waiting.values():
+            for came in waiting:
+                came.set()
 
     async def run(self) -> None:
         """Look again and again, while anyone waits."""

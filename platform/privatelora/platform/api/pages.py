@@ -16,11 +16,13 @@ from datetime import date, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import Select, tuple_
+from sqlalchemy import Select, literal, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.types import TypeEngine
 
 from privatelora.platform.api.fields import FIRST_YEAR, LARGEST, LAST_YEAR, PLAIN
 from privatelora.platform.api.problems import Invalid
+from privatelora.platform.tables import Utc
 
 MOST = 200
 CURSOR_CHARS = 1000
@@ -61,7 +63,8 @@ def fetch(session: Session, found: Select[Any], orders: Orders, query: Sorted) -
     columns, descending = orders[query.sort.removeprefix("-")], query.sort.startswith("-")
     if query.cursor is not None:
         place = _decoded(query.cursor, query.sort, columns)
-        left, right = tuple_(*columns), tuple_(*place)
+        left = tuple_(*columns)
+        right = tuple_(*(literal(value, column.type) for value, column in zip(place, columns, strict=True)))
         found = found.where(left < right if descending else left > right)
     found = found.order_by(*(column.desc() if descending else column for column in columns))
     rows = session.scalars(found.limit(query.limit + 1)).all()
@@ -84,12 +87,13 @@ def _decoded(cursor: str, sort: str, columns: Sequence[InstrumentedAttribute[Any
             raise ValueError("is no cursor")
         if told[0] != sort:
             raise ValueError("is of another order")
-        return [_typed(value, column.type.python_type) for value, column in zip(told[1:], columns, strict=True)]
+        return [_typed(value, column.type) for value, column in zip(told[1:], columns, strict=True)]
     except (ValueError, binascii.Error, RecursionError, OverflowError):
         raise Invalid("query.cursor", f"is not one that a page of sort={sort} gave; leave it out to start") from None
 
 
-def _typed(value: Any, kind: type[Any]) -> Any:
+def _typed(value: Any, of: TypeEngine[Any]) -> Any:
+    kind = datetime if isinstance(of, Utc) else of.python_type
     if kind is int:
         if type(value) is int and abs(value) <= LARGEST:
             return value

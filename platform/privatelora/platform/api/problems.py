@@ -25,6 +25,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from privatelora.platform.jobs.machine import JobConflictError, NoSuchJobError
 from privatelora.protocol.errors import (
     AdmissionError,
     AuthenticationError,
@@ -176,6 +177,10 @@ def refusal_of(error: Exception) -> Refusal:
         return Unauthenticated(error.message, headers={"WWW-Authenticate": "Bearer"})
     if isinstance(error, AdmissionError):
         return TooMany(error.message, retry_after_s=error.retry_after_s)
+    if isinstance(error, JobConflictError):
+        return Conflict(error.message)
+    if isinstance(error, NoSuchJobError):
+        return NotFound("there is no such job among what this key may see")
     if isinstance(error, ConfigurationError | DataError | ProtocolError):
         return Invalid("body", error.message)
     if isinstance(error, SQLAlchemyError):

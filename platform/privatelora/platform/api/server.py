@@ -9,7 +9,9 @@ import ssl
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from privatelora.platform import valkey
 from privatelora.platform.api import create_app
@@ -19,6 +21,7 @@ from privatelora.platform.settings import Settings
 from privatelora.protocol.errors import ConfigurationError
 
 MAX_HEAD_BYTES = 16 * 1024
+HEAD_S = 10.0  # for a request's head to arrive
 MAX_CONNECTIONS = 1000
 IDLE_S = 30  # that a kept connection may wait for its next request
 STOP_S = 5  # for open requests, at a stop
@@ -36,7 +39,7 @@ def serve(settings: Settings, listener: socket.socket, ready: Callable[[str], No
     try:
         config = uvicorn.Config(
             app,
-            http="h11",  # which has limits for heads
+            http=GuardedHttp,
             loop="uvloop",
             ws="none",
             log_config=None,
@@ -55,14 +58,55 @@ def serve(settings: Settings, listener: socket.socket, ready: Callable[[str], No
         raise ConfigurationError(
             f"TLS certificate {settings.certfile} cannot be used ({error}); check both PEM files"
         ) from None
-    server = _Server(config)
+    server = Serving(config, services)
     url = url_of(settings.certfile is not None, settings.host, listener)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(_run(server, listener, lambda: ready(url)))
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, which does not raise the signal again that ended it: that was no failure."""
+class GuardedHttp(H11Protocol):
+    """HTTP/1.1 whose request heads must be short, and arrive within a time: uvicorn alone would wait for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own has it
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        begins = self.conn.their_state is h11.IDLE
+        if begins and len(data) > MAX_HEAD_BYTES and b"\r\n\r\n" not in data[:MAX_HEAD_BYTES]:
+            self.send_400_response("The request's head is too large.")  # h11 minds only one that is not whole yet
+            return
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._forget_head()
+        elif self._deadline is None:
+            self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._deadline = self.loop.call_later(HEAD_S, self.transport.abort)
+
+    def _forget_head(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Serving(uvicorn.Server):
+    """uvicorn, which lets go of whoever waits, and does not raise the signal again that ended it."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self.services = services
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.services.offers.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if sig == signal.SIGTERM or not self.should_exit:

@@ -8,10 +8,10 @@ torch and the whole model.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -44,12 +44,16 @@ def run(context: WorkerContext) -> dict[str, int | float]:
         "data_dir": str(settings.data_dir),
         "dtype": settings.dtype,
         "device": settings.device,
+        "torch_threads": settings.torch_threads,
         **context.params,
     }
     command = [sys.executable, "-m", "privatelora.platform.recalibrate", json.dumps(asked)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path.cwd()
-    ) as process:
+    life, held = os.pipe()  # the process ends with this one, however that ends: it reads to the end of its stdin
+    try:
+        process = subprocess.Popen(command, stdin=life, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        os.close(life)
+    with process, open(held, "wb"):
         try:
             while True:
                 try:
@@ -60,6 +64,8 @@ def run(context: WorkerContext) -> dict[str, int | float]:
         except BaseException:
             process.kill()
             raise
+    if process.returncode < 0:  # the kernel had no memory left, most likely
+        raise JobFailedError(f"the set was not made: its process was ended by signal {-process.returncode}", retry=True)
     if process.returncode:
         last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no reason was given"]
         raise JobFailedError(f"the set could not be made: {last[0]}", retry=False)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -29,6 +29,7 @@ from privatelora.protocol.jobs import checked_params, checked_report
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 5.0, 3600.0  # before a job is tried again, doubling
 HELD = (JobState.OFFERED, JobState.ACCEPTED, JobState.RUNNING)
+LIVE = (JobState.QUEUED, *HELD)
 REASON_CHARS = 500
 
 
@@ -96,14 +97,12 @@ def queue(
         "created_at": utc_now(),
     }
     dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    inserted = session.execute(
-        dialect.insert(Job).values(values).on_conflict_do_nothing(index_elements=["dedupe"]).returning(Job.id)
-    ).scalar()
-    if inserted is None:
-        return None
-    if actor is not SERVICE:
-        record(session, actor, "job.queued", inserted, kind=kind, device=values["device_id"])
-    return session.get_one(Job, inserted)
+    job: Job | None = session.scalar(
+        dialect.insert(Job).values(values).on_conflict_do_nothing(index_elements=["dedupe"]).returning(Job)
+    )
+    if job is not None and actor is not SERVICE:
+        record(session, actor, "job.queued", job.id, kind=kind, device=job.device_id)
+    return job
 
 
 def offers(session: Session, device: Device, now: datetime, lease_s: float, limit: int = 10) -> list[Job]:
@@ -111,28 +110,25 @@ def offers(session: Session, device: Device, now: datetime, lease_s: float, limi
 
     What was offered before and not answered is offered again under the same fence, while its lease holds.
     """
-    if not device.allows:
-        return []
-    fresh = and_(Job.state == JobState.QUEUED, Job.run_at <= now)
-    asked = select(Job.id).where(
-        Job.device_id == device.id,
-        or_(fresh, Job.state == JobState.OFFERED),
-        Job.kind.in_(device.allows),
-        or_(Job.deadline.is_(None), Job.deadline > now),
+    allowed = and_(
+        Job.device_id == device.id, Job.kind.in_(device.allows), or_(Job.deadline.is_(None), Job.deadline > now)
     )
-    asked = asked.order_by(Job.priority.desc(), Job.id).limit(limit)
-    for job_id in list(session.scalars(asked)):
+    fresh = and_(Job.state == JobState.QUEUED, Job.run_at <= now)
+    lapsed = and_(Job.state == JobState.OFFERED, Job.lease_until <= now)
+    still = and_(Job.state == JobState.OFFERED, Job.lease_until > now)
+    urgent = (Job.priority.desc(), Job.id)
+    for job_id in list(session.scalars(select(Job.id).where(allowed, fresh | lapsed).order_by(*urgent).limit(limit))):
         _change(
             session,
             job_id,
-            and_(Job.state == JobState.QUEUED, Job.device_id == device.id),
+            or_(fresh, lapsed),
             state=JobState.OFFERED,
             fence=Job.fence + 1,
             holder=device.id,
             lease_until=now + timedelta(seconds=lease_s),
         )
-    offered = select(Job).where(Job.device_id == device.id, Job.state == JobState.OFFERED, Job.lease_until > now)
-    return list(session.scalars(offered.order_by(Job.priority.desc(), Job.id).limit(limit)))
+    offered = select(Job).where(allowed, still).order_by(*urgent).limit(limit)
+    return list(session.scalars(offered.execution_options(populate_existing=True)))
 
 
 def accept(session: Session, job_id: str, device_id: str, fence: int, now: datetime, lease_s: float) -> Job:
@@ -189,24 +185,23 @@ def finish(session: Session, job_id: str, holder: str, fence: int, report: Mappi
 
     Raises `ProtocolError` for a report that is none, and `JobConflictError` for a late holder or another report.
     """
-    job = _held(session, job_id, holder, fence)
-    numbers = checked_report(kind_of(job.kind).kind, report)
-    if job.state == JobState.DONE:
-        if job.result != numbers:
-            raise JobConflictError(f"job {job_id} is done already, with another report; this one is not kept")
-        return job
-    return _step(
+    numbers = checked_report(kind_of(_held(session, job_id, holder, fence).kind).kind, report)
+    job = _step(
         session,
         job_id,
         holder,
         fence,
         (JobState.RUNNING,),
         JobState.DONE,
+        again=True,
         result=numbers,
         error=None,
         finished_at=utc_now(),
         lease_until=None,
     )
+    if job.result != numbers:
+        raise JobConflictError(f"job {job_id} is done already, with another report; this one is not kept")
+    return job
 
 
 def fail(session: Session, job_id: str, holder: str, fence: int, error: str, retry: bool) -> Job:
@@ -241,17 +236,35 @@ def fail(session: Session, job_id: str, holder: str, fence: int, error: str, ret
     )
 
 
+def give_back(session: Session, job_id: str, holder: str, fence: int) -> Job:
+    """A worker that is told to stop puts a job back as it was: the attempt does not count."""
+    return _step(
+        session,
+        job_id,
+        holder,
+        fence,
+        (JobState.RUNNING,),
+        JobState.QUEUED,
+        attempts=Job.attempts - 1,
+        run_at=utc_now(),
+        holder=None,
+        lease_until=None,
+    )
+
+
+def take(session: Session, holder: str, now: datetime, lease_s: float) -> Job | None:
+    """A worker takes the most urgent job that is due; None if there is none."""
+    due = select(Job.id).where(_due(now)).order_by(Job.priority.desc(), Job.id).limit(1)
+    job_id = session.scalar(due.with_for_update(skip_locked=True))  # two workers that look at once take two jobs
+    return None if job_id is None else claim(session, job_id, holder, now, lease_s)
+
+
 def claim(session: Session, job_id: str, holder: str, now: datetime, lease_s: float) -> Job | None:
     """A worker takes a job that is due; None if another has it, or it is not due."""
     taken = _change(
         session,
         job_id,
-        and_(
-            Job.state == JobState.QUEUED,
-            Job.device_id.is_(None),
-            Job.run_at <= now,
-            or_(Job.deadline.is_(None), Job.deadline > now),
-        ),
+        _due(now),
         state=JobState.RUNNING,
         fence=Job.fence + 1,
         attempts=Job.attempts + 1,
@@ -280,31 +293,25 @@ def cancel(session: Session, actor: Actor, job_id: str) -> Job:
 def sweep(session: Session, now: datetime, limit: int = 500) -> Swept:
     """Put back what lapsed, end what is too late, and say which jobs of workers are due."""
     swept = Swept()
-    late = select(Job.id).where(Job.state.in_((JobState.QUEUED, *HELD)), Job.deadline <= now)
-    for job_id in list(session.scalars(late.limit(limit))):
-        if _change(
-            session,
-            job_id,
-            and_(Job.state.not_in(FINAL), Job.deadline <= now),
-            state=JobState.EXPIRED,
-            finished_at=now,
-            lease_until=None,
-            error="its deadline passed",
-        ):
-            swept.ended.append(job_id)
-    lapsed = select(Job).where(Job.state.in_(HELD), Job.lease_until <= now).limit(limit)
-    for job in list(session.scalars(lapsed)):
-        spent = job.attempts >= job.max_attempts and job.state == JobState.RUNNING
-        changes: dict[str, Any] = {"state": JobState.QUEUED, "run_at": now + backoff(job.attempts)}
-        if job.state == JobState.OFFERED:
-            changes["run_at"] = now  # nobody has begun it
-        if spent:
-            changes = {"state": JobState.FAILED, "finished_at": now}
-        same = and_(Job.state == job.state, Job.fence == job.fence, Job.lease_until <= now)
-        if _change(session, job.id, same, lease_until=None, error="its holder fell silent", **changes):
+    late = and_(Job.state.not_in(FINAL), Job.deadline <= now)
+    ended = {"state": JobState.EXPIRED, "finished_at": now, "lease_until": None, "error": "its deadline passed"}
+    for job in _locked(session, and_(Job.state.in_(LIVE), late), limit):
+        if _change(session, job.id, late, **ended):
+            swept.ended.append(job.id)
+    lapsed = and_(Job.state.in_(HELD), Job.lease_until <= now)
+    for job in _locked(session, lapsed, limit):
+        spent = job.state == JobState.RUNNING and job.attempts >= job.max_attempts
+        changes: dict[str, Any] = {"state": JobState.FAILED, "finished_at": now}
+        if not spent:
+            # an offer that nobody took has cost nothing
+            wait = timedelta() if job.state == JobState.OFFERED else backoff(job.attempts)
+            changes = {"state": JobState.QUEUED, "run_at": now + wait, "holder": None}
+        error = job.error if job.state == JobState.OFFERED else "its holder fell silent"
+        same = and_(lapsed, Job.state == job.state, Job.fence == job.fence)
+        if _change(session, job.id, same, lease_until=None, error=error, **changes):
             (swept.ended if spent else swept.put_back).append(job.id)
-    due = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_at <= now, Job.device_id.is_(None))
-    swept.due = list(session.scalars(due.order_by(Job.priority.desc(), Job.run_at).limit(limit)))
+    due = select(Job.id).where(_due(now)).order_by(Job.priority.desc(), Job.id).limit(limit)
+    swept.due = list(session.scalars(due))
     return swept
 
 
@@ -312,6 +319,22 @@ def backoff(attempts: int) -> timedelta:
     """How long to wait before the next attempt: doubling, with jitter, so that failures do not come back together."""
     longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** max(0, attempts - 1))
     return timedelta(seconds=longest * random.uniform(0.5, 1.0))
+
+
+def _due(now: datetime) -> ColumnElement[bool]:
+    """Jobs for workers that may begin now."""
+    return and_(
+        Job.state == JobState.QUEUED,
+        Job.device_id.is_(None),
+        Job.run_at <= now,
+        or_(Job.deadline.is_(None), Job.deadline > now),
+    )
+
+
+def _locked(session: Session, condition: ColumnElement[bool], limit: int) -> list[Job]:
+    """Jobs to be changed; those that another sweep, or a holder, is at just now are left to it."""
+    found = select(Job).where(condition).order_by(Job.id).limit(limit).with_for_update(skip_locked=True)
+    return list(session.scalars(found.execution_options(populate_existing=True)))
 
 
 def _held(session: Session, job_id: str, holder: str, fence: int) -> Job:

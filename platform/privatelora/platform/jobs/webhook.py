@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 import time
+from functools import cache
 from typing import Annotated, Any
 
 import httpx2 as httpx
@@ -41,11 +43,18 @@ def run(context: WorkerContext) -> dict[str, int | float]:
         headers["Privatelora-Signature"] = "sha256=" + hmac.new(secret, body, hashlib.sha256).hexdigest()
     started = time.perf_counter()
     try:
-        answer = httpx.post(
-            context.params["url"], content=body, headers=headers, timeout=TIMEOUT_S, follow_redirects=False
-        )
+        with httpx.stream(  # whose body is not read, however long it is
+            "POST", context.params["url"], content=body, headers=headers, timeout=TIMEOUT_S, verify=_trusted()
+        ) as answer:
+            status = answer.status_code
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise JobFailedError(f"the webhook's URL does not answer ({type(error).__name__})", retry=True) from None
-    if not 200 <= answer.status_code < 300:
-        raise JobFailedError(f"the webhook's URL answered {answer.status_code}", retry=True)
-    return {"status": answer.status_code, "seconds": time.perf_counter() - started}
+    if not 200 <= status < 300:
+        raise JobFailedError(f"the webhook's URL answered {status}", retry=True)
+    return {"status": status, "seconds": time.perf_counter() - started}
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """The certificates that are trusted, which take 20 ms to read."""
+    return httpx.create_ssl_context()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictFloat, StrictInt, StringConstraints
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
@@ -74,7 +74,7 @@ class Failed(Held):
 
 
 class Result(Held):
-    report: dict[str, float | int] = Field(
+    report: dict[str, StrictInt | StrictFloat] = Field(
         max_length=MAX_REPORT_NUMBERS,
         description="The numbers of the kind's schema, and nothing else.",
         examples=[{"loss": 0.82, "tokens": 512, "examples": 4, "seconds": 3.0, "bytes_up": 9, "bytes_down": 9}],
@@ -98,19 +98,19 @@ async def take_offers(
 @router.post("/jobs/{job_id}/accept", response_model=JobShown, summary="Accept an offer")
 def accept_job(call: ChangingCall, job_id: JobId, held: Held) -> Response:
     """The device's owner agrees."""
-    return _say(call, job_id, held, machine.accept)
+    return _say(call, job_id, held, machine.accept, *_lease(call))
 
 
 @router.post("/jobs/{job_id}/start", response_model=JobShown, summary="Start a job")
 def start_job(call: ChangingCall, job_id: JobId, held: Held) -> Response:
     """The device begins."""
-    return _say(call, job_id, held, machine.start)
+    return _say(call, job_id, held, machine.start, *_lease(call))
 
 
 @router.post("/jobs/{job_id}/heartbeat", response_model=JobShown, summary="Keep a job's lease")
 def keep_lease(call: ChangingCall, job_id: JobId, held: Held) -> Response:
     """The device still works on it; 409 says to stop."""
-    return _say(call, job_id, held, machine.beat)
+    return _say(call, job_id, held, machine.beat, *_lease(call))
 
 
 @router.post("/jobs/{job_id}/refuse", response_model=JobShown, summary="Refuse an offer")

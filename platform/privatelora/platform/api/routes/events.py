@@ -22,6 +22,7 @@ from privatelora.platform import registry
 from privatelora.platform.api.auth import AnyCall, Call
 from privatelora.platform.api.problems import TooMany
 from privatelora.platform.events import STREAM, read_event
+from privatelora.platform.valkey import TIMEOUT_S
 
 router = APIRouter(prefix="/api/v1/events", tags=["events"])
 log = structlog.get_logger("privatelora.api")
@@ -58,19 +59,26 @@ async def stream_events(call: AnyCall, last_event_id: LastEventId = None) -> Res
     """session.opened, session.closed, job.<state>, quota.soft_limit, quota.spent, key.revoked, user.disabled."""
     if len(_open) >= MOST_STREAMS:
         raise TooMany(f"{MOST_STREAMS} streams are open already; try again later", retry_after_s=5.0)
-    return StreamingResponse(_events(call, last_event_id), media_type="text/event-stream")
+    client = aioredis.Redis.from_url(
+        str(call.services.settings.valkey_url),
+        socket_timeout=TIMEOUT_S + BLOCK_MS / 1000,
+        socket_connect_timeout=TIMEOUT_S,
+    )
+    try:
+        newest = await client.xrevrange(STREAM, count=1)  # asked before the answer begins: it is 503 if Valkey is away
+    except RedisError:
+        await client.aclose()
+        raise
+    after = last_event_id or (newest[0][0].decode() if newest else "0-0")
+    return StreamingResponse(_events(call, client, after), media_type="text/event-stream")
 
 
-async def _events(call: Call, last: str | None) -> AsyncIterator[str]:
-    client = aioredis.Redis.from_url(str(call.services.settings.valkey_url), socket_timeout=None)
+async def _events(call: Call, client: aioredis.Redis, after: str) -> AsyncIterator[str]:
     _open.add(id(client))
-    quiet, after = 0, last or "$"
+    quiet = 0
     try:
         yield ": privatelora\n\n"
-        if last is None:
-            newest = await client.xrevrange(STREAM, count=1)
-            after = newest[0][0].decode() if newest else "0-0"
-        while await _still_good(call):
+        while not call.services.offers.closed and await _still_good(call):
             found = await client.xread({STREAM: after}, count=BATCH, block=BLOCK_MS)
             quiet += 1
             for _, entries in found or ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import structlog
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from redis.exceptions import RedisError
@@ -13,6 +14,7 @@ from privatelora.platform.api.services import services_of
 from privatelora.protocol.errors import ConfigurationError
 
 router = APIRouter(tags=["health"])
+log = structlog.get_logger("privatelora.api")
 
 
 class Health(BaseModel):
@@ -32,8 +34,10 @@ def readyz(request: Request) -> Response:
     try:
         services.database.check()
         services.valkey.ping()
-    except ConfigurationError as error:
-        raise Away(error.message) from None
+    except ConfigurationError as error:  # whose message names an address, and anyone may ask here
+        log.warning("not ready", reason=error.message)
+        raise Away("the database cannot be reached, or has another release's schema; the log says which") from None
     except RedisError as error:
-        raise Away(f"Valkey does not answer ({type(error).__name__})") from None
+        log.warning("not ready", reason=f"Valkey: {type(error).__name__}")
+        raise Away("Valkey does not answer") from None
     return answer(Health(status="ready"))

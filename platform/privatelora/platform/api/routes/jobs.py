@@ -14,14 +14,13 @@ from starlette.responses import Response
 
 from privatelora.platform.api.answers import IfNoneMatch, answer, one
 from privatelora.platform.api.auth import AnyCall, Call, ChangingCall, OperatorCall, not_found
-from privatelora.platform.api.fields import DeviceId, JobId, ScheduleId, Shown, Strict, UserId, When
+from privatelora.platform.api.fields import DeviceId, JobId, JsonObject, ScheduleId, Shown, Strict, UserId, When
 from privatelora.platform.api.idempotency import Made, OnceOnly, make
 from privatelora.platform.api.pages import Page, Paging, fetch
 from privatelora.platform.api.problems import Conflict, Invalid
 from privatelora.platform.events import Event
 from privatelora.platform.jobs import machine
 from privatelora.platform.jobs.kinds import kinds
-from privatelora.platform.jobs.machine import JobConflictError
 from privatelora.platform.tables import Device, Job, JobState, utc_now
 from privatelora.protocol.errors import ConfigurationError
 
@@ -61,7 +60,7 @@ class NewJob(Strict):
     """A job to be queued."""
 
     kind: KindName = Field(examples=["evaluate"])
-    params: dict[str, Any] = Field(default_factory=dict, examples=[{}])
+    params: JsonObject = Field(default_factory=dict, examples=[{}])
     device_id: DeviceId | None = Field(default=None, description="For kinds that run on a device.")
     priority: Annotated[int, Field(strict=True, ge=-100, le=100)] = Field(
         default=0, description="The highest first.", examples=[0]
@@ -181,10 +180,9 @@ def cancel_job(call: ChangingCall, job_id: JobId, once: OnceOnly) -> Response:
 def _cancelled(session: Session, call: Call, job_id: str) -> Made:
     row = session.get(Job, job_id)
     call.check_changes(row.user_id if row else None, "job")
-    try:
-        job = machine.cancel(session, call.actor, job_id)
-    except JobConflictError as error:
-        raise Conflict(error.message) from None
+    if row is None:
+        raise not_found("job")
+    job = machine.cancel(session, call.actor, job_id)
     return Made(
         JobShown.model_validate(job), events=[Event("job.cancelled", job.user_id, {"job": job.id, "kind": job.kind})]
     )

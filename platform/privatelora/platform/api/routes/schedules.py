@@ -13,7 +13,7 @@ from starlette.responses import Response
 from privatelora.platform import schedules
 from privatelora.platform.api.answers import IfMatch, IfNoneMatch, answer, check_match, one
 from privatelora.platform.api.auth import OperatorCall, OverseerCall, not_found
-from privatelora.platform.api.fields import Flag, Name, ScheduleId, Shown, Strict, When
+from privatelora.platform.api.fields import Flag, JsonObject, Name, ScheduleId, Shown, Strict, When
 from privatelora.platform.api.idempotency import Made, OnceOnly, make
 from privatelora.platform.api.pages import Page, Paging, fetch
 from privatelora.platform.api.problems import Invalid
@@ -54,8 +54,8 @@ class NewSchedule(Strict):
 
     name: Name = Field(examples=["nightly round of plan free"])
     kind: KindName = Field(examples=["finetune-round"])
-    params: dict[str, Any] = Field(default_factory=dict, examples=[{"epochs": 1}])
-    target: dict[str, str | bool] = Field(
+    params: JsonObject = Field(default_factory=dict, examples=[{"epochs": 1}])
+    target: JsonObject = Field(
         default_factory=dict,
         max_length=1,
         description="For kinds of devices: {'all': true}, or plan, team, user or device with its name or id.",
@@ -72,8 +72,8 @@ class ScheduleChange(Strict):
     """What to change of a schedule; what is left out stays."""
 
     name: Name = ""
-    params: dict[str, Any] = Field(default_factory=dict, examples=[{"epochs": 2}])
-    target: dict[str, str | bool] = Field(default_factory=dict, max_length=1, examples=[{"plan": "free"}])
+    params: JsonObject = Field(default_factory=dict, examples=[{"epochs": 2}])
+    target: JsonObject = Field(default_factory=dict, max_length=1, examples=[{"plan": "free"}])
     cron: Cron = Field(default="", examples=["30 2 * * *"])
     timezone: Zone = "UTC"
     enabled: Flag = True

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from starlette.responses import Response, StreamingResponse
 
 from privatelora.platform.api.answers import answer
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/api/v1", tags=["usage"])
 
 _ORDERS = {"day": (UsageDay.day, UsageDay.user_id)}
 COLUMNS = ("day", "user_id", "user", "bytes_up", "bytes_down", "tokens", "sessions")
-CHUNK = 1000  # rows of one piece of a CSV
+CHUNK = 1000  # rows of one piece of a CSV, each read by itself: no slow reader holds a connection
 
 Day = Annotated[date, Field(ge=date(FIRST_YEAR, 1, 1), le=date(LAST_YEAR, 12, 31), examples=["2026-11-26"])]
 
@@ -88,13 +88,18 @@ def _range(found: Any, call: Call, query: UsageRange) -> Any:
 
 def _csv(call: Call, found: Any) -> Iterator[str]:
     yield _lines([COLUMNS])
-    ordered = found.order_by(UsageDay.day, UsageDay.user_id).execution_options(yield_per=CHUNK)
-    with call.services.database.read() as session:
-        for part in session.execute(ordered).partitions(CHUNK):
-            yield _lines(
-                (row.day, row.user_id, _harmless(name), row.bytes_up, row.bytes_down, row.tokens, row.sessions)
-                for row, name in part
-            )
+    part = ordered = found.order_by(UsageDay.day, UsageDay.user_id).limit(CHUNK)
+    while True:
+        with call.services.database.read() as session:
+            rows = session.execute(part).all()
+        yield _lines(
+            (row.day, row.user_id, _harmless(name), row.bytes_up, row.bytes_down, row.tokens, row.sessions)
+            for row, name in rows
+        )
+        if len(rows) < CHUNK:
+            return
+        last = rows[-1][0]
+        part = ordered.where(tuple_(UsageDay.day, UsageDay.user_id) > tuple_(last.day, last.user_id))
 
 
 def _lines(rows: Any) -> str:

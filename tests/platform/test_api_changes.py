@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from jsonschema_rs import Draft202012Validator
 from sqlalchemy import select, update
 from starlette.testclient import TestClient
 from tests.support.control import Control, control
@@ -262,11 +263,16 @@ def test_events_and_readiness_say_that_valkey_is_away_and_changes_go_on(server: 
 # -- the document -----------------------------------------------------------------------------------------------------
 
 
-def test_every_operation_is_described_with_examples_and_problems(plane: Control) -> None:
-    for path, operations in plane.app.openapi()["paths"].items():
+def test_every_operation_is_described_with_examples_that_fit_and_problems(plane: Control) -> None:
+    document = plane.app.openapi()
+    for path, operations in document["paths"].items():
         for method, operation in operations.items():
             what = f"{method} {path}"
             assert operation["summary"] and operation["description"] and operation["tags"], what
             assert ("security" in operation) == (path not in ("/healthz", "/readyz")), what
             if path.startswith("/api/"):
                 assert {"401", "429", "503"} <= set(operation["responses"]), what
+            for answer in (operation.get("requestBody", {}), *operation["responses"].values()):
+                for media in answer.get("content", {}).values():
+                    schema = media["schema"] | {"components": document["components"]}
+                    Draft202012Validator(schema, validate_formats=True).validate(media["example"])

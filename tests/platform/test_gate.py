@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from redis import Redis
 from sqlalchemy import update
 from tests.support.managed import Managed, Member, managed
 from tests.support.player import Player
@@ -20,7 +21,8 @@ from tests.support.tiny import tiny_model
 from tests.support.wire import announced
 from websockets.exceptions import InvalidStatus
 
-from privatelora.platform.tables import ApiKey, Command, Device, SessionRow, utc_now
+from privatelora.platform.events import STREAM, read_event
+from privatelora.platform.tables import ApiKey, Command, Device, Job, SessionRow, utc_now
 from privatelora.protocol.errors import (
     AdmissionError,
     AuthenticationError,
@@ -293,6 +295,32 @@ def test_a_quota_that_is_made_or_raised_holds_for_sessions_that_are_open(
             return False
 
         wait_for(refused)
+
+
+def test_a_soft_limit_warns_once_by_event_and_by_webhook_and_ends_nobody(
+    control: Managed, one: ServiceProcess, two: ServiceProcess, alice: Member, valkey: ValkeyServer
+) -> None:
+    hook = {"soft_limit": 30_000, "webhook_url": "http://127.0.0.1:9/hook"}
+    quota = control.quota("user", alice.id, "bytes_up_per_day", 10_000_000, **hook)
+    for running in (one, two):
+        with Player(running.url, alice.key) as device:
+            device.enter()
+            for step in range(60):
+                device.decode(0, step, 1)
+            device.close()
+
+    def told() -> list[str]:
+        entries = Redis.from_url(valkey.url).xrange(STREAM)
+        events = [read_event(fields) for _, fields in entries]
+        return [event.kind for event in events if event.data.get("quota") == quota]
+
+    wait_for(lambda: bool(told()))
+    assert [row.end_reason for row in closed(control, alice, 2)] == ["closed", "closed"]
+    assert told() == ["quota.soft_limit"]
+    with control.database.read() as session:
+        (job,) = [job for job in session.query(Job).filter(Job.kind == "webhook") if quota in str(job.params)]
+    assert job.params["payload"]["event"] == "quota.soft_limit"
+    assert job.params["payload"]["used"] >= 30_000
 
 
 def test_64_sessions_on_two_backbones_overspend_by_no_more_than_a_lease_each(

@@ -51,7 +51,33 @@ def document(app: FastAPI) -> dict[str, Any]:
         for method, operation in operations.items():
             if isinstance(operation, dict):
                 _document_errors(path, method, operation)
+                _give_examples(operation, schemas)
     return found
+
+
+def _give_examples(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    """An example for the body and each answer that has none of its own."""
+    described = [operation.get("requestBody", {}), *operation["responses"].values()]
+    for media in (media for one in described for media in one.get("content", {}).values()):
+        if media.get("schema"):
+            media.setdefault("example", _example(media["schema"], schemas))
+
+
+def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """An example of a schema: its own, or put together from those of its parts."""
+    if "$ref" in schema:
+        return _example(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    for name in ("examples", "enum", "anyOf"):
+        if name in schema:
+            first = schema[name][0]
+            return _example(first, schemas) if name == "anyOf" else first
+    if "default" in schema:
+        return schema["default"]
+    if schema.get("type") == "object":
+        return {name: _example(part, schemas) for name, part in schema.get("properties", {}).items()}
+    if schema.get("type") == "array":
+        return [_example(schema["items"], schemas)]
+    return {"string": "text", "integer": 1, "number": 1.0, "boolean": True}.get(schema.get("type", ""))
 
 
 def _document_errors(path: str, method: str, operation: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from datetime import timedelta
 
 from fastapi import APIRouter
@@ -25,11 +26,16 @@ router = APIRouter(tags=["devices"])
     summary="Where a device goes on",
 )
 def get_info(call: AnyCall) -> Response:
-    """The announcement of the backbone that lives and has the fewest sessions, with its addresses in it."""
+    """The announcement of a backbone that lives, with its addresses in it: the fewer sessions it has, the likelier.
+
+    Not simply the one with the fewest: what they have is some seconds old, and devices that come together would all go
+    to the same one.
+    """
     alive = (BackboneNode.state == "serving", BackboneNode.heartbeat_at > utc_now() - timedelta(seconds=ALIVE_S))
-    least = select(BackboneNode.info).where(*alive).order_by(BackboneNode.sessions, BackboneNode.id).limit(1)
     with call.services.database.read() as session:
-        info = session.scalar(least)
-    if info is None:
-        raise Away("no backbone serves now; try again")
+        nodes = session.execute(select(BackboneNode.id, BackboneNode.sessions).where(*alive)).all()
+        if not nodes:
+            raise Away("no backbone serves now; try again")
+        (chosen,) = random.choices(nodes, [1 / (1 + node.sessions) for node in nodes])
+        info = session.scalar(select(BackboneNode.info).where(BackboneNode.id == chosen.id))
     return Response(json.dumps(info), media_type="application/json")

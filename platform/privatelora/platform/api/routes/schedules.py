@@ -71,7 +71,7 @@ class NewSchedule(Strict):
 class ScheduleChange(Strict):
     """What to change of a schedule; what is left out stays."""
 
-    name: Name = ""
+    name: Name = Field(default="", examples=["nightly round of plan free"])
     params: JsonObject = Field(default_factory=dict, examples=[{"epochs": 2}])
     target: JsonObject = Field(default_factory=dict, max_length=1, examples=[{"plan": "free"}])
     cron: Cron = Field(default="", examples=["30 2 * * *"])

@@ -182,7 +182,6 @@ def _api(bench: Workbench) -> Iterator[Api]:
         environment = ENVIRONMENT | {
             "PRIVATELORA_DATABASE_URL": url,
             "PRIVATELORA_VALKEY_URL": valkey.url,
-            "PRIVATELORA_LOG_LEVEL": "warning",
             "PRIVATELORA_REQUESTS_PER_MINUTE": "1000000",
             "PRIVATELORA_DATA_DIR": str(folder / "service"),
         }

@@ -156,6 +156,17 @@ def test_each_role_gets_what_the_table_says_and_no_more(plane: Control, role: st
             assert status == rule.statuses[at], f"{method} {path} as {role}: {status}"
 
 
+def test_a_device_key_of_an_operator_gets_no_key_that_sees_more(plane: Control) -> None:
+    operator = plane.client.get("/api/v1/me", headers=plane.as_("operator")).json()["user_id"]
+    reading, _ = plane.another_key(operator, Scope.READ_ONLY)
+    _, plane.keys["operators device"] = plane.another_key(operator, Scope.DEVICE)
+    headers = plane.as_("operators device")
+    assert plane.client.get("/api/v1/audit-log", headers=headers).status_code == 403
+    for word in ("rotate", "revoke"):
+        answer = plane.client.post(f"/api/v1/api-keys/{reading}/{word}", headers=headers, json={})
+        assert answer.status_code == 403, answer.text
+
+
 @pytest.mark.parametrize("role", ["device", "reader", "other"])
 def test_lists_hold_nothing_of_anybody_else(plane: Control, role: str) -> None:
     mine = plane.client.get("/api/v1/me", headers=plane.as_(role)).json()["user_id"]

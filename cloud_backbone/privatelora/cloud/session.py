@@ -62,6 +62,7 @@ class Session:
     closed: bool = False
     end_reason: str = "closed"
     parked: bool = False
+    held: bool = False
     leaving: PrivateLoraError | None = None  # why it takes no new step, and ends with the last pass
     _due: dict[bytes, ActivePass] = field(default_factory=dict)  # by the header of the frame that is due
     _of: dict[Pass, ActivePass] = field(default_factory=dict)
@@ -102,7 +103,11 @@ class Session:
     def awaits_device(self) -> bool:
         """Whether nothing goes on before the device says something; other passes of its own may wait for memory."""
         passes = self.passes.values()
-        return not self.waits and all(active.work.due is not None or active.waiter is not None for active in passes)
+        return (
+            not self.held
+            and not self.waits
+            and all(active.work.due is not None or active.waiter is not None for active in passes)
+        )
 
     @property
     def waits(self) -> bool:
@@ -146,9 +151,14 @@ class Session:
         if not self.passes:
             self.ended(error)
 
-    def slow_down(self) -> None:
-        """Its device is held back for a while: nobody waits for it."""
+    def hold(self) -> None:
+        """Its device is held back for a while: nobody waits for it, and its silence is not its own."""
+        self.held = True
         self._forget()
+
+    def let_go(self) -> None:
+        """Its device is held back no longer."""
+        self.held, self.heard_at = False, time.perf_counter()
 
     def view(self) -> list[dict[str, str | int]]:
         """Its passes as the layer scheduler has them: phase, step, stream, tokens, layer, and what each waits for."""
@@ -297,6 +307,8 @@ class Session:
 
     def _find_room(self, active: ActivePass, needed: int, enter: Callable[[], None]) -> None:
         """`enter` once there are `needed` bytes of memory."""
+        if self.closed:  # while the pass waited for a quota
+            return
         work, memory = active.work, self.resources.memory
         self.tokens += work.n
         if needed > memory.total_bytes:

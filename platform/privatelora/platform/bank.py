@@ -19,7 +19,7 @@ import structlog
 from redis import Redis
 
 from privatelora.platform import registry
-from privatelora.platform.background import AWAY, Background
+from privatelora.platform.background import AWAY, AWAY_S, Background
 from privatelora.platform.database import Database
 from privatelora.platform.events import Event, emit
 from privatelora.platform.leases import Grant, Leases
@@ -93,7 +93,9 @@ class LeaseBank:
         slots = _slots(shared)
         if slots:
             wanted = [(one.name, one.quota.limit) for one in slots]
-            full = await self._background.answer(lambda: self._leases.hold(meter.id, wanted, self._settings.slot_s))
+            full = await self._background.answer_of_valkey(
+                lambda: self._leases.hold(meter.id, wanted, self._settings.slot_s)
+            )
             if full is not None:
                 quota = slots[full].quota
                 raise AdmissionError(
@@ -105,12 +107,12 @@ class LeaseBank:
         """Give up the slots of a session."""
         names = [one.name for one in _slots(shared)]
         if names:
-            self._background.later(self._background.attempt(lambda: self._leases.leave(meter.id, names)))
+            self._background.later(self._background.attempt_valkey(lambda: self._leases.leave(meter.id, names)))
 
     async def renew_slots(self, meters: Sequence[SessionMeter]) -> None:
         """Keep the slots of these sessions."""
         held = [(one.name, meter.id) for meter in meters for one in _slots(meter.shared)]
-        await self._background.call(lambda: self._leases.renew(held, self._settings.slot_s))
+        await self._background.ask_valkey(lambda: self._leases.renew(held, self._settings.slot_s))
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -123,7 +125,12 @@ class LeaseBank:
                 one.waiting.append((meter, 1, partial(_settle, came)))
                 one.ask(1)
                 try:
-                    await came
+                    async with asyncio.timeout(AWAY_S):
+                        await came
+                except TimeoutError:
+                    raise AdmissionError(
+                        "the service cannot count what is left of a quota now; try again", retry_after_s=AWAY_S
+                    ) from None
                 finally:
                     one.waiting = [entry for entry in one.waiting if entry[0] is not meter]
 
@@ -137,18 +144,18 @@ class LeaseBank:
         """Where Valkey has lost its counters and others have begun them anew, add what is held here."""
         if not self.allowances:
             return
-        epoch = await self._background.call(self._leases.epoch)
+        epoch = await self._background.ask_valkey(self._leases.epoch)
         for one in self.allowances:
             if None not in (one.epoch, epoch) and one.epoch != epoch:
                 amount, one.epoch = one.unknown, epoch
-                await self._background.call(partial(self._leases.add, _counter(one.quota, one.span), amount))
+                await self._background.ask_valkey(partial(self._leases.add, _counter(one.quota, one.span), amount))
 
     async def _fetch(self, allowance: Allowance, want: int) -> None:
         span, quota = allowance.span, allowance.quota
         known, held = allowance.epoch, allowance.unknown
         try:
-            grant = await self._background.call(lambda: self._take(quota, span, want, known, held))
-        except AWAY as error:
+            grant = await self._background.ask_valkey(lambda: self._take(quota, span, want, known, held))
+        except Exception as error:  # noqa: BLE001 (whatever it was: who waits for the block must not wait for ever)
             log.warning("quota not reached", quota=quota.id, reason=type(error).__name__)
             await asyncio.sleep(ASK_AGAIN_S)
             allowance.asking = False
@@ -156,6 +163,8 @@ class LeaseBank:
                 allowance.ask(0)
             return
         allowance.granted(span, want, grant.amount, grant.total, grant.epoch)
+        if self._shared.get(quota.id) is not allowance:  # its last session ended meanwhile
+            await self._give_back(allowance)
         for kind, limit in (("quota.soft_limit", quota.soft_limit), ("quota.spent", quota.limit)):
             if limit is not None and grant.total >= limit:
                 data = {
@@ -179,8 +188,8 @@ class LeaseBank:
     def _warn(self, quota: Quota, span: Window, kind: str, data: dict[str, Any]) -> None:
         """Once a window: an event, and a webhook if the quota has one."""
         name = f"privatelora:warned:{quota.id}:{kind}:{int(span.starts_at.timestamp())}"
+        registry.warn(self._database, quota, f"{kind}:{quota.id}:{span.starts_at.isoformat()}", kind, data)
         if self._valkey.set(name, 1, nx=True, exat=int(span.resets_at.timestamp()) + 60):
-            registry.warn(self._database, quota, f"{kind}:{quota.id}:{span.starts_at.isoformat()}", kind, data)
             emit(self._valkey, Event(kind, registry.user_of(self._database, quota), data))
 
     async def _give_back(self, allowance: Allowance) -> None:
@@ -188,12 +197,12 @@ class LeaseBank:
         amount, allowance.left = allowance.left, min(0, allowance.left)
         counter = _counter(allowance.quota, allowance.span)
         if amount > 0 and utc_now() < allowance.span.resets_at:
-            await self._background.attempt(lambda: self._leases.add(counter, -amount))
+            await self._background.attempt_valkey(lambda: self._leases.add(counter, -amount))
 
     async def _fetch_pace(self, rate: Rate, nbytes: int) -> None:
         name, limit = f"rate:{rate.quota.id}", max(1, rate.quota.limit)
         try:
-            wait_s = await self._background.call(lambda: self._leases.pace(name, limit, nbytes))
+            wait_s = await self._background.ask_valkey(lambda: self._leases.pace(name, limit, nbytes))
         except AWAY:
             wait_s = nbytes / limit  # by this backbone's own clock
         if wait_s > 0:

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from privatelora.protocol.errors import ConfigurationError
 
 BEAT_SCHEMA = {"celery_schema": None}  # sqlalchemy-celery-beat's tables live beside ours
+HANGS_MS = 20_000  # after which PostgreSQL's statement, or a connection to it, is given up
 SQLITE_WAIT_S = 15.0  # for another process's transaction
 _HERE = Path(__file__).parent
 
@@ -105,6 +106,8 @@ class Database:
         config = _alembic()
         try:
             with self._writing.begin() as connection:
+                if not self.is_sqlite:
+                    connection.exec_driver_sql("SET LOCAL statement_timeout = 0")  # a large table may take long
                 config.attributes["connection"] = connection
                 change(config, revision)
         except SQLAlchemyError as error:
@@ -139,7 +142,11 @@ def _engine(text: str, pool_size: int) -> Engine:
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_pre_ping=True,  # a database that was restarted is met with a fresh connection
-            connect_args={"connect_timeout": 5},
+            connect_args={
+                "connect_timeout": 5,
+                "tcp_user_timeout": HANGS_MS,
+                "options": f"-c statement_timeout={HANGS_MS}",
+            },
             execution_options={"schema_translate_map": BEAT_SCHEMA},
         )
     except (ArgumentError, ImportError) as error:

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from redis import Redis
 
 from privatelora.cloud.admission import Meter, Principal
@@ -31,6 +28,7 @@ from privatelora.platform.bank import LeaseBank
 from privatelora.platform.database import Database
 from privatelora.platform.events import Event, emit
 from privatelora.platform.keys import Caller
+from privatelora.platform.limits import Limits
 from privatelora.platform.meter import SessionMeter, Unwritten
 from privatelora.platform.samples import Sampler
 from privatelora.platform.settings import Settings
@@ -63,8 +61,7 @@ class Gate:
         self._meters: dict[str, SessionMeter] = {}  # by row; closed ones until they are written
         self._background = Background()
         self._bank = LeaseBank(database, valkey, settings, self._background, self._write_soon)
-        self._wrong = FixedWindowRateLimiter(MemoryStorage())
-        self._wrong_limit = RateLimitItemPerMinute(settings.wrong_keys_per_minute)
+        self._limits = Limits(settings.requests_per_minute, settings.wrong_keys_per_minute)
         self._much = asyncio.Event()  # so much has moved that it is to be written now
         self._unwritten = Unwritten(settings.lease_bytes // 2, self._write_soon)
         self._plane: DataPlane | None = None
@@ -84,15 +81,14 @@ class Gate:
     # -- once a request or a session -----------------------------------------------------------------------------------
 
     async def authenticate(self, token: str | None, address: str) -> Principal:
-        if not self._wrong.test(self._wrong_limit, address):
-            raise AdmissionError(
-                "too many requests with a wrong key came from this address; try again in a minute", retry_after_s=60.0
-            )
+        digest = keys.digest_of(token or "")
+        self._limits.check_address(address, digest)
         try:
             caller = await self._background.answer(lambda: self._find(token))
         except AuthenticationError:
-            self._wrong.hit(self._wrong_limit, address)
+            self._limits.count_wrong(address)
             raise
+        self._limits.count_right(address, digest)
         return Tenant(caller.user, caller.sees_all, caller)
 
     async def open(self, owner: Principal, number: int, request: OpenRequest) -> Meter:
@@ -212,7 +208,7 @@ class Gate:
             if one.closed_at is not None:
                 del self._meters[one.id]
                 data = {"reason": one.end_reason, "bytes_up": one.bytes_up, "bytes_down": one.bytes_down}
-                await self._emit("session.closed", meter, data | {"tokens": one.tokens})
+                self._background.later(self._emit("session.closed", meter, data | {"tokens": one.tokens}))
 
     def _reading(self, meter: SessionMeter) -> Reading:
         session, view = meter.session, {}
@@ -273,4 +269,4 @@ class Gate:
 
     async def _emit(self, kind: str, meter: SessionMeter, data: dict[str, Any]) -> None:
         event = Event(kind, meter.caller.user, {"session": meter.id} | data)
-        await self._background.attempt(lambda: emit(self._valkey, event))
+        await self._background.attempt_valkey(lambda: emit(self._valkey, event))

@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.orm import Session
 
 from privatelora.platform.tables import ApiKey, Role, Scope, User, new_id, utc_now
@@ -84,21 +84,32 @@ def rotate(session: Session, old: ApiKey, grace: timedelta) -> tuple[ApiKey, str
 
 def find(session: Session, text: str | None) -> Caller:
     """The holder of a key; raises `AuthenticationError` for one that is unknown or no longer good."""
-    found = None
-    if text:
-        found = session.execute(
-            select(ApiKey, User).join(User, ApiKey.user_id == User.id).where(ApiKey.digest == digest_of(text))
-        ).one_or_none()
+    found = _with_user(session, ApiKey.digest == digest_of(text)) if text else None
     if found is None:
         raise AuthenticationError(
             "a valid API key is needed: send it as `Authorization: Bearer plk_…`; an operator makes one with "
             "`privatelora admin create-key`"
         )
-    key, user = found
-    now = utc_now()
+    return _caller(*found)
+
+
+def holder(session: Session, key_id: str) -> Caller:
+    """The holder of a key that is known already, as they are now; raises `AuthenticationError` as `find` does."""
+    found = _with_user(session, ApiKey.id == key_id)
+    if found is None:
+        raise AuthenticationError("this key is not there any more")
+    return _caller(*found)
+
+
+def _with_user(session: Session, which: ColumnElement[bool]) -> tuple[ApiKey, User] | None:
+    row = session.execute(select(ApiKey, User).join(User, ApiKey.user_id == User.id).where(which)).one_or_none()
+    return None if row is None else (row[0], row[1])
+
+
+def _caller(key: ApiKey, user: User) -> Caller:
     if key.revoked_at is not None:
         raise AuthenticationError(f"key {key.prefix}… was revoked; ask your operator for another one")
-    if key.expires_at is not None and key.expires_at <= now:
+    if key.expires_at is not None and key.expires_at <= utc_now():
         raise AuthenticationError(f"key {key.prefix}… has expired; ask your operator for another one")
     if user.disabled_at is not None:
         raise AuthenticationError(f"the user of key {key.prefix}… is disabled; ask your operator")

@@ -133,7 +133,7 @@ class Allowance:
             if meter.closed:
                 continue
             if self.enough(amount):
-                go_on()
+                meter.attempt(go_on)
             elif self.spent_out:
                 meter.end(self.error())
             else:
@@ -183,7 +183,7 @@ class Rate:
 
     def spend(self, amount: int, meter: SessionMeter) -> None:
         self.left -= amount
-        if self.left < self.block // 2:
+        if self.left <= 0 or self.left < self.block // 2:
             self._ask()
         if self.left <= 0 and meter not in self.held:
             self.held.add(meter)
@@ -197,13 +197,13 @@ class Rate:
             held, self.held = self.held, set()
             for meter in held:
                 meter.let_go(self)
-        if self.left < self.block // 2:
+        if self.left <= 0 or self.left < self.block // 2:
             self._ask()
 
     def _ask(self) -> None:
         if not self.asking:
             self.asking = True
-            self.bank.pace(self, max(self.block, -self.left))
+            self.bank.pace(self, max(self.block, 1 - self.left))
 
 
 @dataclass(eq=False)
@@ -215,6 +215,11 @@ class Holding:
 
     def check(self, nbytes: int) -> None:
         """Raise `QuotaError` if `nbytes` more are too many."""
+        if nbytes > self.quota.limit:
+            raise ConfigurationError(
+                f"this pass must keep {nbytes} bytes, over the {self.quota.level}'s quota of {self.quota.limit} "
+                "kv_memory_bytes; use shorter texts or smaller batches"
+            )
         held = sum(meter.session.held_bytes for meter in self.meters if meter.session is not None)
         if held + nbytes > self.quota.limit:
             raise QuotaError(
@@ -363,7 +368,14 @@ class SessionMeter:
 
     # -- what holds a device back --------------------------------------------------------------------------------------
 
-    def end(self, error: PrivateLoraError) -> None:
+    def attempt(self, go_on: Callable[[], None]) -> None:
+        """Go on; what goes wrong with it ends this session only."""
+        try:
+            go_on()
+        except Exception as error:  # noqa: BLE001 (it is this session's, which tells and logs it)
+            self.end(error)
+
+    def end(self, error: Exception) -> None:
         """End the session, or what it waits for before it begins."""
         if self.opening is not None and not self.opening.done():
             self.opening.set_exception(error)
@@ -374,7 +386,7 @@ class SessionMeter:
         """Read nothing more from the device while there is this reason, or any other."""
         self._held_by.add(reason)
         if len(self._held_by) == 1 and self.session is not None:
-            self.session.slow_down()
+            self.session.hold()
             self.session.socket.pause("quota")
             self._keep_telling()
 
@@ -384,6 +396,7 @@ class SessionMeter:
             self._held_by.discard(reason)
             if not self._held_by and self.session is not None:
                 self._stop_telling()
+                self.session.let_go()
                 self.session.socket.resume("quota")
 
     def _out_of(self, allowance: Allowance) -> None:

@@ -39,7 +39,7 @@ from privatelora.platform.jobs.runner import CONCURRENCY, Crew, Services
 from privatelora.platform.schedules import FIRE, STALE_S, SWEEP, SWEEP_S
 from privatelora.platform.settings import Settings, without_password
 from privatelora.platform.tables import Job, utc_now
-from privatelora.protocol.errors import ConfigurationError
+from privatelora.protocol.errors import ConfigurationError, PrivateLoraError
 
 log = structlog.get_logger("privatelora.platform")
 
@@ -274,7 +274,7 @@ def _patiently(what: str, work: Callable[[], object]) -> bool:
     """Do some work; where something is away, that is one line in the log, and the next sweep does it."""
     try:
         work()
-    except (SQLAlchemyError, RedisError) as error:
+    except (SQLAlchemyError, RedisError, PrivateLoraError, LookupError) as error:  # or a schedule that cannot be read
         log.warning(what, reason=type(error).__name__)
         return False
     return True

@@ -24,13 +24,13 @@ from starlette.routing import Match
 from privatelora.platform import valkey
 from privatelora.platform.api.counts import HttpCounts
 from privatelora.platform.api.edge import Edge
-from privatelora.platform.api.limits import Limits
 from privatelora.platform.api.offers import OfferBoard
 from privatelora.platform.api.openapi import document
 from privatelora.platform.api.problems import refusal_of, render
 from privatelora.platform.api.routes import ROUTERS
 from privatelora.platform.api.services import Services
 from privatelora.platform.database import Database
+from privatelora.platform.limits import Limits
 from privatelora.platform.queue import waker
 from privatelora.platform.settings import Settings, load_settings
 from privatelora.protocol.errors import ConfigurationError, PrivateLoraError

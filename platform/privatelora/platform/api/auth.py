@@ -76,7 +76,7 @@ def not_found(what: str) -> NotFound:
 
 
 async def authenticated(request: Request, credentials: Bearer) -> Call:
-    """The call of whoever holds the request's key; raises `AuthenticationError` or `TooMany`."""
+    """The call of whoever holds the request's key; raises `AuthenticationError` or `TooManyError`."""
     services = services_of(request)
     address = request.client.host if request.client else "-"
     text = credentials.credentials if credentials is not None else None

@@ -12,11 +12,11 @@ from contextlib import suppress
 
 import structlog
 from fastapi.concurrency import run_in_threadpool
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from privatelora.platform.database import Database
-from privatelora.platform.tables import Job, JobState, utc_now
+from privatelora.platform.tables import Device, Job, JobState, utc_now
 
 log = structlog.get_logger("privatelora.api")
 
@@ -75,8 +75,16 @@ class OfferBoard:
                 log.warning("no look for jobs", reason=type(error).__name__)
 
     def _with_jobs(self, devices: list[str]) -> set[str]:
-        due = select(Job.device_id).where(
-            Job.device_id.in_(devices), Job.state.in_((JobState.QUEUED, JobState.OFFERED)), Job.run_at <= utc_now()
+        now = utc_now()
+        due = (
+            select(Device.id, Device.allows, Job.kind)
+            .join(Device, Device.id == Job.device_id)
+            .where(
+                Job.device_id.in_(devices),
+                Job.state.in_((JobState.QUEUED, JobState.OFFERED)),
+                Job.run_at <= now,
+                or_(Job.deadline.is_(None), Job.deadline > now),
+            )
         )
         with self._database.read() as session:
-            return {device_id for device_id in session.scalars(due.distinct()) if device_id is not None}
+            return {row.id for row in session.execute(due) if row.kind in row.allows}

@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from privatelora.platform.jobs.machine import JobConflictError, NoSuchJobError
+from privatelora.platform.limits import TooManyError
 from privatelora.protocol.errors import (
     AdmissionError,
     AuthenticationError,
@@ -176,7 +177,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, AuthenticationError):
         return Unauthenticated(error.message, headers={"WWW-Authenticate": "Bearer"})
     if isinstance(error, AdmissionError):
-        return TooMany(error.message, retry_after_s=error.retry_after_s)
+        headers = error.headers if isinstance(error, TooManyError) else None
+        return TooMany(error.message, retry_after_s=error.retry_after_s, headers=headers)
     if isinstance(error, JobConflictError):
         return Conflict(error.message)
     if isinstance(error, NoSuchJobError):

@@ -9,9 +9,9 @@ from fastapi import Request
 from redis import Redis
 
 from privatelora.platform.api.counts import HttpCounts
-from privatelora.platform.api.limits import Limits
 from privatelora.platform.api.offers import OfferBoard
 from privatelora.platform.database import Database
+from privatelora.platform.limits import Limits
 from privatelora.platform.settings import Settings
 
 

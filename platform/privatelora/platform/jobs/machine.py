@@ -300,12 +300,14 @@ def sweep(session: Session, now: datetime, limit: int = 500) -> Swept:
             swept.ended.append(job.id)
     lapsed = and_(Job.state.in_(HELD), Job.lease_until <= now)
     for job in _locked(session, lapsed, limit):
-        spent = job.state == JobState.RUNNING and job.attempts >= job.max_attempts
-        changes: dict[str, Any] = {"state": JobState.FAILED, "finished_at": now}
+        # what was accepted and never begun has cost an attempt as well: it may be what ends its holder
+        attempts = job.attempts + (job.state == JobState.ACCEPTED)
+        spent = job.state != JobState.OFFERED and attempts >= job.max_attempts
+        changes: dict[str, Any] = {"state": JobState.FAILED, "finished_at": now, "attempts": attempts}
         if not spent:
             # an offer that nobody took has cost nothing
-            wait = timedelta() if job.state == JobState.OFFERED else backoff(job.attempts)
-            changes = {"state": JobState.QUEUED, "run_at": now + wait, "holder": None}
+            wait = timedelta() if job.state == JobState.OFFERED else backoff(attempts)
+            changes = {"state": JobState.QUEUED, "run_at": now + wait, "holder": None, "attempts": attempts}
         error = job.error if job.state == JobState.OFFERED else "its holder fell silent"
         same = and_(lapsed, Job.state == job.state, Job.fence == job.fence)
         if _change(session, job.id, same, lease_until=None, error=error, **changes):

@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 from redis import Redis
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from privatelora.platform.database import Database
@@ -131,7 +131,7 @@ def run_next(services: Services) -> bool:
     try:
         with services.database.write() as session:
             job = machine.take(session, services.name, utc_now(), services.settings.job_lease_s)
-    except OperationalError as error:
+    except SQLAlchemyError as error:
         log.warning("no job taken", reason=type(error).__name__)
         return False
     if job is None:
@@ -186,7 +186,7 @@ def _lease_kept(services: Services, job: Job, lost: threading.Event) -> Iterator
             except (JobConflictError, NoSuchJobError):
                 lost.set()
                 return
-            except OperationalError as error:
+            except SQLAlchemyError as error:
                 log.warning("lease not renewed", job=job.id, reason=type(error).__name__)
 
     thread = threading.Thread(target=renew, name=f"lease of {job.id}", daemon=True)
@@ -207,7 +207,7 @@ def _say(services: Services, job: Job, end: Callable[[Session], Job]) -> Job:
         try:
             with services.database.write() as session:
                 return end(session)
-        except OperationalError as error:
+        except SQLAlchemyError as error:
             log.warning("end of a job not written", job=job.id, reason=type(error).__name__)
             if services.stopping.wait(SAY_AGAIN_S):
                 log.info("job given up", job=job.id, reason="the worker stops")

@@ -14,7 +14,7 @@ from privatelora.protocol.jobs import JobKind
 
 
 class Params(msgspec.Struct, forbid_unknown_fields=True):
-    days: Annotated[int, msgspec.Meta(ge=1, le=366)] = 2  # today and the days before it
+    days: Annotated[int, msgspec.Meta(ge=1, le=2)] = 2  # today and yesterday: older hours may be deleted already
 
 
 class Report(msgspec.Struct, forbid_unknown_fields=True):

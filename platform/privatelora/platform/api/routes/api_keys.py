@@ -171,9 +171,10 @@ def _for_change(session: Session, call: Call, key_id: str) -> ApiKey:
     call.check_changes(row.user_id if row else None, "key")
     if row is None:
         raise not_found("key")
-    if row.scope == Scope.OPERATOR and not call.caller.operates:
-        # a device's key must not become an operator's by rotating that, nor shut its user out
-        raise Forbidden("a key of scope operator is changed by one of that scope only")
+    of_operator = row.scope == Scope.OPERATOR or (call.caller.role is Role.OPERATOR and row.scope != call.caller.scope)
+    if of_operator and not call.caller.operates:
+        # a device's key must not become one that operates or sees everything by rotating that, nor shut its user out
+        raise Forbidden("this key of an operator is changed by one of scope operator only")
     return row
 
 

@@ -18,11 +18,13 @@ from redis.exceptions import RedisError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.responses import Response, StreamingResponse
 
-from privatelora.platform import registry
+from privatelora.platform import keys
 from privatelora.platform.api.auth import AnyCall, Call
 from privatelora.platform.api.problems import TooMany
 from privatelora.platform.events import STREAM, read_event
+from privatelora.platform.keys import Caller
 from privatelora.platform.valkey import TIMEOUT_S
+from privatelora.protocol.errors import AuthenticationError
 
 router = APIRouter(prefix="/api/v1/events", tags=["events"])
 log = structlog.get_logger("privatelora.api")
@@ -32,7 +34,9 @@ QUIET_LOOKS = 15  # without an event, after which a comment says that the stream
 MOST_STREAMS = 200  # of one process
 BATCH = 100
 
-_open: set[int] = set()
+MOST_OF_A_USER = 20
+
+_open: dict[int, str] = {}  # streams that are open, and whose they are
 LastEventId = Annotated[
     str | None,
     Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,15}-[0-9]{1,15}$", description="Go on after this event."),
@@ -59,6 +63,8 @@ async def stream_events(call: AnyCall, last_event_id: LastEventId = None) -> Res
     """session.opened, session.closed, job.<state>, quota.soft_limit, quota.spent, key.revoked, user.disabled."""
     if len(_open) >= MOST_STREAMS:
         raise TooMany(f"{MOST_STREAMS} streams are open already; try again later", retry_after_s=5.0)
+    if list(_open.values()).count(call.caller.user) >= MOST_OF_A_USER:
+        raise TooMany(f"{MOST_OF_A_USER} streams of this user are open already; close one", retry_after_s=5.0)
     client = aioredis.Redis.from_url(
         str(call.services.settings.valkey_url),
         socket_timeout=TIMEOUT_S + BLOCK_MS / 1000,
@@ -74,18 +80,19 @@ async def stream_events(call: AnyCall, last_event_id: LastEventId = None) -> Res
 
 
 async def _events(call: Call, client: aioredis.Redis, after: str) -> AsyncIterator[str]:
-    _open.add(id(client))
+    _open[id(client)] = call.caller.user
     quiet = 0
+    caller: Caller | None = call.caller
     try:
         yield ": privatelora\n\n"
-        while not call.services.offers.closed and await _still_good(call):
+        while not call.services.offers.closed and (caller := await _as_now(call, caller)):
             found = await client.xread({STREAM: after}, count=BATCH, block=BLOCK_MS)
             quiet += 1
             for _, entries in found or ():
                 for entry_id, fields in entries:
                     after = entry_id.decode()
                     event = read_event(fields)
-                    if call.caller.sees_all or event.user == call.caller.user:
+                    if caller.sees_all or event.user == caller.user:
                         quiet = 0
                         yield f"id: {after}\nevent: {event.kind}\ndata: {json.dumps(dict(event.data))}\n\n"
             if quiet >= QUIET_LOOKS:
@@ -94,12 +101,20 @@ async def _events(call: Call, client: aioredis.Redis, after: str) -> AsyncIterat
     except RedisError as error:  # the client comes back by itself, with the last id
         log.warning("events broken off", reason=type(error).__name__)
     finally:
-        _open.discard(id(client))
+        _open.pop(id(client), None)
         await client.aclose()
 
 
-async def _still_good(call: Call) -> bool:
+async def _as_now(call: Call, before: Caller | None) -> Caller | None:
+    """Who listens, as they are now; None once their key is no longer good."""
+
+    def look() -> Caller:
+        with call.services.database.read() as session:
+            return keys.holder(session, call.caller.key)
+
     try:
-        return not await run_in_threadpool(registry.bad_keys, call.services.database, [call.caller.key])
+        return await run_in_threadpool(look)
+    except AuthenticationError:
+        return None
     except SQLAlchemyError:  # nobody is sent away because the database is
-        return True
+        return before

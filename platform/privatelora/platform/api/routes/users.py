@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from pydantic import Field
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
@@ -22,7 +22,7 @@ from privatelora.platform.api.idempotency import Made, OnceOnly, make
 from privatelora.platform.api.pages import Page, Paging, fetch
 from privatelora.platform.api.problems import Conflict
 from privatelora.platform.events import Event
-from privatelora.platform.tables import ID_CHARS, Role, User, new_id, utc_now
+from privatelora.platform.tables import Role, User, new_id, utc_now
 
 PATH = "/api/v1/users"
 router = APIRouter(prefix=PATH, tags=["users"])
@@ -172,11 +172,8 @@ def _keep_an_operator(session: Session, user: User) -> None:
     if user.role == Role.OPERATOR and user.disabled_at is None:
         return
     session.flush()
-    left = session.scalar(
-        select(func.count(func.substr(User.id, 1, ID_CHARS))).where(
-            User.role == Role.OPERATOR, User.disabled_at.is_(None)
-        )
-    )
+    others = select(User.id).where(User.role == Role.OPERATOR, User.disabled_at.is_(None))
+    left = session.scalars(others.with_for_update()).all()  # locked: two may not leave at the same moment
     if not left:
         raise Conflict("this is the last operator; make another one first")
 

@@ -15,9 +15,17 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
-from privatelora.platform.api.problems import TooMany
+from privatelora.protocol.errors import AdmissionError
 
 REMEMBERED = 10_000  # keys that have worked, by address
+
+
+class TooManyError(AdmissionError):
+    """A key asks too often, or an address guesses; `headers` are RateLimit-*'s."""
+
+    def __init__(self, message: str, *, retry_after_s: float, headers: dict[str, str]) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.headers = headers
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,10 @@ class Limits:
         self._worked: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def check_address(self, address: str, digest: str) -> None:
-        """Raise `TooMany` for an address that sent too many wrong keys, unless this key has worked from it."""
+        """Raise `TooManyError` for an address that sent too many wrong keys, unless this key has worked from it."""
         if (address, digest) not in self._worked and not self._window.test(self._wrong, "address", _network(address)):
             allowance = self._allowance(self._wrong, "address", _network(address))
-            raise TooMany(
+            raise TooManyError(
                 f"more than {self._wrong.amount} requests with a wrong key came from this address within a minute; "
                 f"wait {allowance.reset_s} s, and check the key",
                 retry_after_s=allowance.reset_s,
@@ -68,11 +76,11 @@ class Limits:
             self._worked.popitem(last=False)
 
     def spend(self, key_id: str) -> Allowance:
-        """Count a request of a key; raises `TooMany` when its minute is spent."""
+        """Count a request of a key; raises `TooManyError` when its minute is spent."""
         allowed = self._window.hit(self._requests, "key", key_id)
         allowance = self._allowance(self._requests, "key", key_id)
         if not allowed:
-            raise TooMany(
+            raise TooManyError(
                 f"this key has made its {self._requests.amount} requests of the last minute; "
                 f"wait {allowance.reset_s} s",
                 retry_after_s=allowance.reset_s,

@@ -208,20 +208,30 @@ class Rate:
 
 @dataclass(eq=False)
 class Holding:
-    """Memory that sessions of one quota may hold on this backbone."""
+    """Memory that sessions of one quota may hold on this backbone.
+
+    most : what they hold is no more than this, all that was let in since it was last added up; for most tokens it need
+        not be.
+    """
 
     quota: Quota
     meters: set[SessionMeter] = field(default_factory=set)
+    most: int = 0
 
     def check(self, nbytes: int) -> None:
-        """Raise `QuotaError` if `nbytes` more are too many."""
+        """Raise `QuotaError` if `nbytes` more are too many, `ConfigurationError` if they never fit."""
         if nbytes > self.quota.limit:
             raise ConfigurationError(
                 f"this pass must keep {nbytes} bytes, over the {self.quota.level}'s quota of {self.quota.limit} "
                 "kv_memory_bytes; use shorter texts or smaller batches"
             )
-        held = sum(meter.session.held_bytes for meter in self.meters if meter.session is not None)
+        if self.most + nbytes <= self.quota.limit:
+            self.most += nbytes
+            return
+        held = self.most = sum(meter.session.held_bytes for meter in self.meters if meter.session is not None)
+        self.most += nbytes
         if held + nbytes > self.quota.limit:
+            self.most = held
             raise QuotaError(
                 f"this pass must keep {nbytes} bytes beside {held} that sessions of this {self.quota.level} hold, over "
                 f"its quota of {self.quota.limit} kv_memory_bytes; use shorter texts or smaller batches, or end other "
@@ -299,6 +309,8 @@ class SessionMeter:
                     self.let_go(one)
         self.shared = shared
         for one in shared.values():
+            if isinstance(one, Holding) and self.session is not None and self not in one.meters:
+                one.most += self.session.held_bytes
             one.meters.add(self)
         of = list(shared.values())
         windowed = [one for one in of if isinstance(one, Allowance)]

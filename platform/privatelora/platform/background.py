@@ -41,13 +41,16 @@ class Background:
         """`work` on Valkey, in a thread; raises what it raises."""
         return await asyncio.get_running_loop().run_in_executor(self._valkey_threads, work)
 
-    async def answer(self, work: Callable[[], Result]) -> Result:
-        """What someone waits for; raises `AdmissionError` where the database is away, or hangs."""
-        return await _answered(self.call(work))
+    async def answer(self, work: Callable[[], Result], timeout_s: float | None = ANSWER_S) -> Result:
+        """What someone waits for; raises `AdmissionError` where the database is away, or hangs for so long.
+
+        A write is given no time: what becomes of it must be known (`database.HANGS_MS` bounds it).
+        """
+        return await _answered(self.call(work), timeout_s)
 
     async def answer_of_valkey(self, work: Callable[[], Result]) -> Result:
         """The same of Valkey."""
-        return await _answered(self.ask_valkey(work))
+        return await _answered(self.ask_valkey(work), ANSWER_S)
 
     async def attempt(self, work: Callable[[], object]) -> None:
         """What may be lost where the database is away."""
@@ -78,9 +81,9 @@ class Background:
             log.error("a task of the control plane failed", exc_info=error)
 
 
-async def _answered(work: Awaitable[Result]) -> Result:
+async def _answered(work: Awaitable[Result], timeout_s: float | None) -> Result:
     try:
-        async with asyncio.timeout(ANSWER_S):
+        async with asyncio.timeout(timeout_s):
             return await work
     except (*AWAY, TimeoutError) as error:
         log.warning("control plane not reached", reason=type(error).__name__)

@@ -108,7 +108,8 @@ class Gate:
                 self._background.answer(
                     lambda: registry.open_session(
                         self._database, self.id, meter.id, number, caller, placement, request.device
-                    )
+                    ),
+                    timeout_s=None,
                 )
             )
             await asyncio.shield(opening)

@@ -98,7 +98,7 @@ class Owner:
             self.steps.append(int(me.progress["step"]))
             self.on_step.pop(self.steps[-1], lambda: None)()
 
-        me.checkpoint = counted  # type: ignore[method-assign]
+        me.checkpoint = counted  # type: ignore[method-assign]  # to count its calls
         return me
 
     def queue(self, kind: str, **params: Any) -> str:

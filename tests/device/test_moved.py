@@ -83,7 +83,7 @@ def test_a_backbone_that_moves_is_followed_also_through_a_time_without_one(
             plane.info = elsewhere
             return found
 
-        plane.answer = answer_then_know  # type: ignore[method-assign]
+        plane.answer = answer_then_know  # type: ignore[method-assign]  # to see what was asked
         first.cut(nth(3, Kind.GRAD_DELTA), then=lambda: setattr(plane, "info", None))
         report = me.finetune(ROWS, **SETTINGS)
         assert [step.loss for step in report.history] == pytest.approx(calm, rel=1e-5)

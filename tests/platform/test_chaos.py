@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,6 +68,10 @@ class Devices:
         self._api_url, self._key = api_url, key
         self.stop, self.moved, self.last = threading.Event(), [0, 0], [0.0] * SESSIONS
         self._lock = threading.Lock()
+
+    def all_since(self, moment: float) -> bool:
+        """Whether every device has had a token since then."""
+        return min(self.last) > moment
 
     def run(self, index: int) -> None:
         while not self.stop.is_set():
@@ -150,7 +155,7 @@ def test_whatever_is_killed_every_job_ends_once_and_usage_is_what_devices_counte
             part.start()
             until(lambda: api.get("/readyz").status_code == 200, 30, f"the API is not ready after {victim}")
             back = time.monotonic()
-            until(lambda back=back: min(devices.last) > back, 60, f"a device did not come back after {victim}")  # type: ignore[misc]
+            until(partial(devices.all_since, back), 60, f"a device did not come back after {victim}")
 
         until(lambda: _open_jobs(control) == 0, 90, "a job did not end")
         devices.stop.set()

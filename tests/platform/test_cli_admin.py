@@ -84,7 +84,7 @@ def test_a_key_works_until_it_is_replaced_revoked_or_its_user_disabled(
         holder(database, second["key"])
     done = ["key.revoked", "user.enabled", "user.disabled", "key.rotated", "key.created", "user.created"]
     assert actions(admin) == done
-    told = [read_event(fields).kind for _, fields in connect(valkey.url).xrange(STREAM)]  # type: ignore[union-attr]
+    told = [read_event(fields).kind for _, fields in connect(valkey.url).xrange(STREAM)]  # type: ignore[union-attr]  # the client is no async one
     assert told[-2:] == ["user.disabled", "key.revoked"]
     with database.read() as session:
         assert not any(key in json.dumps(admin("audit")) for key in (first, second["key"]))

@@ -186,7 +186,7 @@ class ApiKey(Base):
     version: Mapped[int] = _version()
 
     __table_args__ = (Index("ix_api_keys_user_id_id", "user_id", "id"),)
-    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class Device(Base):
@@ -286,7 +286,7 @@ class Quota(Base):
         UniqueConstraint("level", "subject", "resource"),
         CheckConstraint('"limit" >= 0', name="limit_not_negative"),
     )
-    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class Job(Base):
@@ -353,7 +353,7 @@ class Schedule(Base):
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     version: Mapped[int] = _version()
 
-    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 (SQLAlchemy's)
 
 
 class UsageHour(Base):

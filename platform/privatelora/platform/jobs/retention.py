@@ -83,5 +83,5 @@ def _delete(context: WorkerContext, table: Any, old: ColumnElement[bool]) -> int
         with context.database.write() as session:
             done = session.execute(delete(table.__table__).where(tuple_(*keys).in_(batch)))
         deleted += int(done.rowcount)  # type: ignore[attr-defined]  # a DELETE's result has it
-        if done.rowcount < BATCH:  # type: ignore[attr-defined]
+        if done.rowcount < BATCH:  # type: ignore[attr-defined]  # as above
             return deleted

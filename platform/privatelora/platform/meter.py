@@ -1,6 +1,7 @@
 """A session's account on its backbone, and what all sessions of one quota share there. All of it is memory.
 
-    SessionMeter.admit, .spend        on a token's path: a few additions, no call to anything outside
+    SessionMeter.admit, .spend        on a token's path: a few additions, no call to anything outside; what is spent is
+                                      settled with each pass, and within one as soon as it is more than a crumb
     Allowance                         a windowed quota: spends a block in hand, asks for the next before it runs dry
     Rate                              bytes a second: spends a block, holds devices back until the next may go
     Holding                           KV memory of the sessions that are here
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SHARE = 20  # a block is at most one so many of the limit, so that the last of it is not all in one backbone's hand
 RATE_BLOCK_S = 0.25  # of a rate's bytes
+CRUMBS = 64  # of a block: what one session may have spent and not settled
+CRUMB_BYTES = 64 << 10
 KEEP_ALIVE_S = 15.0  # a device that is held back hears of it so often, and does not take it for silence
 FULL_S = 5.0  # after which one who found no memory left may ask again
 
@@ -185,7 +188,7 @@ class Rate:
         self.left -= amount
         if self.left <= 0 or self.left < self.block // 2:
             self._ask()
-        if self.left <= 0 and meter not in self.held:
+        if self.left <= 0 and meter not in self.held and not meter.closed:
             self.held.add(meter)
             meter.hold_back(self)
 
@@ -292,6 +295,9 @@ class SessionMeter:
     end_reason: str | None = None
     shared: dict[str, Shared] = field(default_factory=dict)  # by quota
     on_close: Callable[[SessionMeter], None] = lambda meter: None
+    _settled_up: int = 0  # of bytes_up, what was taken from what sessions share
+    _settled_down: int = 0
+    _crumb: int = CRUMB_BYTES  # that may be spent before it is settled
     _bytes: list[tuple[Allowance, int]] = field(default_factory=list)
     _tokens: list[Allowance] = field(default_factory=list)
     _rates: list[Rate] = field(default_factory=list)
@@ -317,6 +323,8 @@ class SessionMeter:
         self._bytes = [(one, _SPENT_BY[one.resource]) for one in windowed if one.resource in _SPENT_BY]
         self._tokens = [one for one in windowed if one.resource is Resource.TOKENS_PER_MINUTE]
         self._rates = [one for one in of if isinstance(one, Rate)]
+        blocks = [one.block for one, _ in self._bytes] + [one.block for one in self._rates]
+        self._crumb = min([CRUMB_BYTES, *(block // CRUMBS for block in blocks)])
         self._holdings = [one for one in of if isinstance(one, Holding)]
 
     # -- what the data plane calls -------------------------------------------------------------------------------------
@@ -327,6 +335,7 @@ class SessionMeter:
     def admit(self, tokens: int, nbytes: int, go_on: Callable[[], None]) -> None:
         for holding in self._holdings:
             holding.check(nbytes)
+        self._settle()
         needed = [(one, tokens) for one in self._tokens] + [(one, 1) for one, _ in self._bytes]
         self._admit(needed, tokens, go_on)
 
@@ -358,19 +367,25 @@ class SessionMeter:
     def spend(self, bytes_up: int, bytes_down: int) -> None:
         self.bytes_up += bytes_up
         self.bytes_down += bytes_down
-        self.unwritten.add(bytes_up + bytes_down)
-        if self.shared:
-            spent = (bytes_up, bytes_down)
-            for allowance, which in self._bytes:
-                allowance.spend(spent[which])
-                if allowance.left <= 0 and allowance not in self._held_by:
-                    self._out_of(allowance)
-            for rate in self._rates:
-                rate.spend(bytes_up + bytes_down, self)
+        if self.bytes_up + self.bytes_down - self._settled_up - self._settled_down >= self._crumb:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Take what was spent since the last time from what sessions share."""
+        spent = (self.bytes_up - self._settled_up, self.bytes_down - self._settled_down)
+        self._settled_up, self._settled_down = self.bytes_up, self.bytes_down
+        self.unwritten.add(sum(spent))
+        for allowance, which in self._bytes:
+            allowance.spend(spent[which])
+            if allowance.left <= 0 and allowance not in self._held_by and not self.closed:
+                self._out_of(allowance)
+        for rate in self._rates:
+            rate.spend(sum(spent), self)
 
     def close(self, reason: str) -> None:
         if not self.closed:
             self.closed, self.end_reason, self.closed_at = True, reason, utc_now()
+            self._settle()
             self._stop_telling()
             for one in self.shared.values():
                 one.meters.discard(self)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ import numpy as np
 from sqlalchemy.orm import Session
 
 from benchmarks import ENVIRONMENT
-from benchmarks.decoding import DTYPE, SESSIONS, TOKENS
+from benchmarks.decoding import DTYPE, SESSIONS
 from benchmarks.fleet import running
 from benchmarks.rows import ROOT, Row, Target, Unmeasured, unmeasured
-from benchmarks.workbench import MAX_SESSIONS, Address, Workbench, process
+from benchmarks.workbench import MAX_SESSIONS, Address, Workbench, process, service
 from privatelora.platform import keys
 from privatelora.platform.database import Database
 from privatelora.platform.tables import (
@@ -46,6 +46,7 @@ from privatelora.platform.tables import (
 )
 
 ROUNDS = 5
+TOKENS = 120  # of an answer; what opening 32 sessions at once costs is over by then
 USERS, SESSION_ROWS, USAGE_ROWS = 10_000, 100_000, 1_000_000
 CONNECTIONS, REQUESTS = 8, 2000
 LIST_REQUESTS = 400  # of each route
@@ -89,37 +90,47 @@ def measure(names: Sequence[str], bench: Workbench, rounds: int = ROUNDS) -> Ite
 
 
 def _decode(bench: Workbench, rounds: int) -> Row:
-    alone, rates = bench.address(DTYPE), {"off": list[float](), "on": list[float]()}
-    with _up(bench) as managed:
-        for round_ in range(rounds):
-            for name, address in (("off", alone), ("on", managed)):
-                bench.say(f"control plane {name}, round {round_ + 1} of {rounds}")
+    rates = {"off": list[float](), "on": list[float]()}
+    with _up(bench) as first:
+        key = _metered_key(first)
+    for round_ in range(rounds):
+        for name in ("off", "on") if round_ % 2 == 0 else ("on", "off"):
+            bench.say(f"control plane {name}, round {round_ + 1} of {rounds}")
+            starts = _up(bench) if name == "on" else service(DTYPE, bench.data_dir, bench.folder)
+            with starts as started:
+                address = replace(started, token=key) if name == "on" else started
                 with running(address, SESSIONS, "paper", TOKENS, cache_dir=bench.cache_dir, seed=round_) as fleet:
                     rates[name].append(fleet.decode().tokens_per_s)
     on, off = statistics.median(rates["on"]), statistics.median(rates["off"])
     conditions = (
-        f"{SESSIONS} devices, every layer inline, {DTYPE}; against a backbone alone; `privatelora up` with API, "
-        f"worker, beat, Valkey and SQLite, and a quota of every resource; medians of {rounds} rounds in turn"
+        f"{SESSIONS} devices, {TOKENS} tokens each, every layer inline, {DTYPE}; against a backbone alone; "
+        "`privatelora up` with API, worker, beat, Valkey and SQLite, and a quota of every resource; "
+        f"medians of {rounds} rounds in turn, each on processes of its own"
     )
     return Row(DECODE, TARGETS[DECODE], on, off, on / off, conditions)
 
 
 @contextmanager
 def _up(bench: Workbench) -> Iterator[Address]:
-    """`privatelora up`, with a user whose key the devices have, and a quota of every resource for them."""
+    """`privatelora up`, always on the same data; the token is the first operator's key, which its first start knows."""
     log, folder = bench.folder / "up.log", bench.folder / "up"
     options = ["--port", "0", "--json", "--dtype", DTYPE, "--data-dir", str(folder)]
     environment = ENVIRONMENT | {"PRIVATELORA_LOG_LEVEL": "warning", "PRIVATELORA_MAX_SESSIONS": str(MAX_SESSIONS)}
     with log.open("w") as stderr, process(_platform("up", *options), stderr, environment) as child:
         ready = _first_line(child, log)
-        headers = {"Authorization": f"Bearer {ready['admin_key']}"}
-        with httpx.Client(base_url=ready["url"] + "/api/v1", headers=headers) as api:
-            user = api.post("/users", json={"name": "bench"}).raise_for_status().json()
-            made = api.post("/api-keys", json={"user_id": user["id"], "name": "bench", "scope": "device"})
-            for resource, limit in QUOTAS.items():
-                quota = {"level": "user", "subject": user["id"], "resource": resource, "limit": limit}
-                api.post("/quotas", json=quota).raise_for_status()
-        yield Address(ready["url"], made.raise_for_status().json()["key"], child.pid)
+        yield Address(ready["url"], ready.get("admin_key") or "", child.pid)
+
+
+def _metered_key(first: Address) -> str:
+    """A new user's key for devices, with a quota of every resource."""
+    headers = {"Authorization": f"Bearer {first.token}"}
+    with httpx.Client(base_url=first.url + "/api/v1", headers=headers) as api:
+        user = api.post("/users", json={"name": "bench"}).raise_for_status().json()
+        made = api.post("/api-keys", json={"user_id": user["id"], "name": "bench", "scope": "device"})
+        for resource, limit in QUOTAS.items():
+            quota = {"level": "user", "subject": user["id"], "resource": resource, "limit": limit}
+            api.post("/quotas", json=quota).raise_for_status()
+    return str(made.raise_for_status().json()["key"])
 
 
 def _lists(bench: Workbench, rounds: int) -> Row:

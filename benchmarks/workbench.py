@@ -124,7 +124,7 @@ class Workbench:
         """Where the service of that dtype is, which starts if it has not."""
         if dtype not in self._addresses:
             self.say(f"starting the {dtype} service")
-            self._addresses[dtype] = self._stack.enter_context(_service(dtype, self.data_dir, self.folder))
+            self._addresses[dtype] = self._stack.enter_context(service(dtype, self.data_dir, self.folder))
         return self._addresses[dtype]
 
     def far_address(self, dtype: str, rtt_ms: float) -> Address:
@@ -136,7 +136,7 @@ class Workbench:
 
 
 @contextmanager
-def _service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
+def service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
     """`privatelora backbone` on a free loopback port, as its own process."""
     log = folder / f"service-{dtype}.log"
     options = ["--port", "0", "--json", "--dtype", dtype, "--data-dir", str(data_dir), "--log-level", "warning"]

@@ -192,6 +192,26 @@ def test_a_layer_that_took_long_is_a_threads_until_one_is_fast_again(
     assert again[-1] == LOOP  # the first after it may find the thread with what it computes ahead
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_batches_of_decoded_tokens_are_the_loops_though_they_are_apart_unless_something_long_is_computed(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    monkeypatch.setattr(engine, "SHORT_ROWS", 0)  # each counts as many
+
+    async def work(service: Service) -> None:
+        owners = [service.begin(Way.TRAIN)] if training else []
+        owners.append(first := service.begin(Way.DECODE))
+        await first.answered.wait()
+        owners.append(service.begin(Way.DECODE))
+        for owner in owners:
+            await owner.over
+
+    decoded = [unit for unit in serve(backbone, work) if unit.point.way is Way.DECODE]
+    assert decoded[1].passes == 1  # the first has gone on without the second
+    assert (decoded[0].thread == LOOP, decoded[1].thread == LOOP) == (not training, not training)
+    assert training or {unit.thread for unit in decoded} == {LOOP}
+
+
 def test_a_unit_that_was_not_begun_when_the_service_closed_is_told(backbone: Backbone) -> None:
     async def work(service: Service) -> None:
         service.runner.may_look_ahead.clear()

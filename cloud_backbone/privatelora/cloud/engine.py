@@ -37,10 +37,10 @@ SHORT_ROWS = 8
 switches are worth."""
 
 ALONE_ROWS = 64
-"""And up to so many where nobody else computes: the loop has nothing to do before their devices answer, but for who
-connects or downloads meanwhile and waits a layer; what was handed to a thread and back took longer, as both want the
-interpreter. Of 32 sessions a step took 82 ms instead of 108, together with `threads.py`; of 64, 157 instead of 207, and
-of 128 about the same."""
+"""And up to so many where nothing longer is computed: what the loop does for others waits a layer meanwhile, but what
+was handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of
+108, together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same. A thread is no better for a
+moment, when one of 32 devices is late and computed by itself: with both teams there a layer took 0.95 ms, not 0.83."""
 
 LOOP_S = 0.02  # of a layer, by the cost model or as the newest took: above it a thread computes, since nobody is served
 
@@ -183,7 +183,7 @@ class Engine:
         layer_s = max(self.scheduler.costs[Lane.DECODE].seconds(rows), self._layer_s)
         if self._tasks[Lane.DECODE] or layer_s > LOOP_S:
             return False
-        alone = picked.alone and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
+        alone = picked.one_layer and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
         return rows <= (ALONE_ROWS if alone else SHORT_ROWS)
 
     def _few(self, point: Point, passes: list[Pass]) -> None:
@@ -198,6 +198,8 @@ class Engine:
     def _many(self, point: Point, passes: list[Pass]) -> None:
         """A unit on the loop with all of torch's threads, and then what needs no answer: many take longer to come."""
         began, codec_s = time.process_time(), CODEC.seconds
+        for thread in itertools.chain.from_iterable(self._threads.values()):
+            thread.close(wait=False)  # none has work, but its team may be there
         self._team = True
         use_threads(self.torch_threads)
         done, seconds = self._compute(point, passes)

@@ -70,12 +70,12 @@ class Work(Hashable, Protocol):
 class Run:
     """Compute these passes together.
 
-    alone : whether nobody else is in the lane or will be before long, and the passes stop at the next layer.
+    one_layer : whether all that any of them has left until its next stop is one layer.
     """
 
     point: Point
     passes: list[Work]
-    alone: bool = False
+    one_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Scheduler:
                 waited -= self._earned(point, place, cohorts)
             place.held_since = None
         chosen: list[Work] = []
-        rows, waiting, layers, stops = 0, len(place.ready) + len(place.flights), place.layers, place.stops
+        rows, one_layer = 0, place.layers <= place.stops
         for work in place.ready if lane is Lane.DECODE else sorted(place.ready, key=lambda one: one.account.virtual_s):
             if chosen and rows + work.n > MAX_ROWS[lane]:
                 break
@@ -257,8 +257,7 @@ class Scheduler:
         if waited:
             for work in chosen:
                 self._waited[work] = max(0.0, self._waited[work] + waited)
-        alone = len(cohorts) == 1 and len(chosen) == waiting and layers <= stops
-        return Run(point, chosen, alone)
+        return Run(point, chosen, one_layer)
 
     def _earned(self, point: Point, place: Place, cohorts: Sequence[Cohort]) -> float:
         """Seconds a pass that the wait at a place has won already, up to the next stop."""

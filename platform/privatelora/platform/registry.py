@@ -134,19 +134,13 @@ def left(database: Database, backbone_id: str) -> None:
 
 
 def watch(database: Database, backbone_id: str, used: Sequence[str]) -> tuple[set[str], dict[str, str]]:
-    """Of the keys `used`, those that are no longer good; and what operators ask of this backbone's sessions, by id."""
-    with database.read() as session:
-        asked = select(SessionRow.id, SessionRow.command).where(
-            SessionRow.backbone_id == backbone_id,
-            SessionRow.state.in_((SessionState.OPEN, SessionState.DRAINING)),
-            SessionRow.command.is_not(None),
-        )
-        commands = {row.id: str(row.command) for row in session.execute(asked)}
-    return bad_keys(database, used), commands
-
-
-def bad_keys(database: Database, used: Sequence[str]) -> set[str]:
-    """Of these keys, those that are revoked or expired, or of a disabled user."""
+    """Of the keys `used`, those that are revoked or expired, or of a disabled user; and what operators ask of this
+    backbone's sessions, by id."""
+    asked = select(SessionRow.id, SessionRow.command).where(
+        SessionRow.backbone_id == backbone_id,
+        SessionRow.state.in_((SessionState.OPEN, SessionState.DRAINING)),
+        SessionRow.command.is_not(None),
+    )
     bad = (
         select(ApiKey.id)
         .join(User, User.id == ApiKey.user_id)
@@ -156,7 +150,7 @@ def bad_keys(database: Database, used: Sequence[str]) -> set[str]:
         )
     )
     with database.read() as session:
-        return set(session.scalars(bad))
+        return set(session.scalars(bad)), {row.id: str(row.command) for row in session.execute(asked)}
 
 
 def quotas_of(database: Database, callers: Sequence[Caller]) -> Mapping[str, list[Quota]]:

@@ -23,9 +23,10 @@ from privatelora.platform.background import AWAY, AWAY_S, Background
 from privatelora.platform.database import Database
 from privatelora.platform.events import Event, emit
 from privatelora.platform.leases import Grant, Leases
-from privatelora.platform.meter import Allowance, Rate, SessionMeter, Shared, Slots, shared_for
+from privatelora.platform.meter import SessionMeter
 from privatelora.platform.quotas import Window
 from privatelora.platform.settings import Settings
+from privatelora.platform.shared import Allowance, Rate, Shared, Slots, shared_for
 from privatelora.platform.tables import Quota, utc_now
 from privatelora.protocol.errors import AdmissionError
 
@@ -67,9 +68,7 @@ class LeaseBank:
                 settings = self._settings
                 one = self._shared[quota.id] = shared_for(quota, self, settings.lease_bytes, settings.lease_tokens)
             elif one.quota.version != quota.version:
-                raised, one.quota = quota.limit > one.quota.limit, quota
-                if isinstance(one, Allowance) and raised:
-                    one.spent_out = False
+                one.change(quota)
             found[quota.id] = one
         return found
 

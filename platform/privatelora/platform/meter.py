@@ -1,14 +1,7 @@
-"""A session's account on its backbone, and what all sessions of one quota share there. All of it is memory.
+"""A session's account on its backbone: the data plane's `Meter`. All of it is memory, and on the event loop.
 
-    SessionMeter.admit, .spend        on a token's path: a few additions, no call to anything outside; what is spent is
-                                      settled with each pass, and within one as soon as it is more than a crumb
-    Allowance                         a windowed quota: spends a block in hand, asks for the next before it runs dry
-    Rate                              bytes a second: spends a block, holds devices back until the next may go
-    Holding                           KV memory of the sessions that are here
-    Slots                             concurrent sessions: nothing to do here, the bank renews them
-
-Everything here runs on the event loop. What an allowance or a rate asks for is fetched in a thread (`bank.py`), and the
-answer is given back on the loop.
+`admit` and `spend` are on a token's path: a few additions, no call to anything outside. What is spent is taken from
+what the sessions of a quota share (`shared.py`) with each pass, and within one as soon as it is more than a crumb.
 """
 
 from __future__ import annotations
@@ -17,245 +10,21 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from privatelora.cloud.session import Session
-from privatelora.platform.quotas import WINDOWS, Window, window
-from privatelora.platform.tables import Quota, Resource, utc_now
-from privatelora.protocol.errors import ConfigurationError, PrivateLoraError, QuotaError
+from privatelora.platform.shared import Allowance, Holding, Rate, Shared
+from privatelora.platform.tables import Resource, utc_now
+from privatelora.protocol.errors import ConfigurationError, PrivateLoraError
 
 if TYPE_CHECKING:
     from privatelora.platform.keys import Caller
 
-SHARE = 20  # a block is at most one so many of the limit, so that the last of it is not all in one backbone's hand
-RATE_BLOCK_S = 0.25  # of a rate's bytes
 CRUMBS = 64  # of a block: what one session may have spent and not settled
 CRUMB_BYTES = 64 << 10
 KEEP_ALIVE_S = 15.0  # a device that is held back hears of it so often, and does not take it for silence
-FULL_S = 5.0  # after which one who found no memory left may ask again
 
 _SPENT_BY = {Resource.BYTES_UP_PER_DAY: 0, Resource.BYTES_DOWN_PER_DAY: 1}
-
-
-class Bank(Protocol):
-    """Where blocks come from: returns at once, and answers by `Allowance.granted` and `Rate.granted`."""
-
-    def ask(self, allowance: Allowance, want: int) -> None: ...
-
-    def pace(self, rate: Rate, nbytes: int) -> None: ...
-
-    def write(self) -> None:
-        """What was spent is to be written to the database now."""
-        ...
-
-
-@dataclass(eq=False)
-class Allowance:
-    """A quota with a window, as far as this backbone has it.
-
-    Parameters
-    ----------
-    largest : lease; half of it is the most that is in hand, and the other half what may be spent and not yet written.
-    left : of what was granted; below 0 while what came was more than what was left.
-    taken : granted in this window; spent : of that; written : of that, what the database knows.
-    total : spent or held by all backbones, when the last block was granted.
-    spent_out : the last answer was less than was asked for, so there is no more before the window resets.
-    epoch : of Valkey's memory, which `taken` is counted in.
-    """
-
-    quota: Quota
-    bank: Bank
-    largest: int
-    span: Window = field(init=False)
-    left: int = 0
-    taken: int = 0
-    spent: int = 0
-    written: int = 0
-    total: int = 0
-    spent_out: bool = False
-    asking: bool = False
-    epoch: bytes | None = None
-    meters: set[SessionMeter] = field(default_factory=set)
-    waiting: list[tuple[SessionMeter, int, Callable[[], None]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.span = self._window(utc_now())
-
-    @property
-    def block(self) -> int:
-        return max(1, min(self.largest, self.quota.limit // SHARE) // 2)
-
-    @property
-    def resource(self) -> Resource:
-        return Resource(self.quota.resource)
-
-    def spend(self, amount: int) -> None:
-        """Take from what is in hand, and ask for more in time."""
-        self.left -= amount
-        self.spent += amount
-        if self.left < self.block // 2:
-            self.ask(0)
-        if self.spent - self.written > self.block:
-            self.bank.write()
-
-    @property
-    def unknown(self) -> int:
-        """What this backbone has taken and nobody knows of but a Valkey that keeps its memory."""
-        if self.resource is Resource.TOKENS_PER_MINUTE:
-            return self.taken
-        return max(0, self.left) + self.spent - self.written
-
-    def ask(self, beside: int) -> None:
-        """Ask for as much as makes a block in hand, or more where `beside` is."""
-        self.turn()
-        if not self.asking and not self.spent_out:
-            self.asking = True
-            self.bank.ask(self, max(beside, self.block) - self.left)
-
-    def turn(self) -> None:
-        """A new window has begun: what was left of the old one is gone with it."""
-        now = utc_now()
-        if now >= self.span.resets_at:
-            self.span, self.spent_out = self._window(now), False
-            self.left = self.taken = self.spent = self.written = 0
-
-    def granted(self, span: Window, asked: int, amount: int, total: int, epoch: bytes) -> None:
-        """A block came, or less than one; of an old window it is nothing."""
-        self.asking = False
-        if span == self.span:
-            self.left += amount
-            self.taken += amount
-            self.total, self.epoch = total, epoch
-            self.spent_out = amount < asked
-        self.serve()
-
-    def serve(self) -> None:
-        """Let those go on who waited for a block, and end those for whom there will be none."""
-        waiting, self.waiting = self.waiting, []
-        for meter, amount, go_on in waiting:
-            if meter.closed:
-                continue
-            if self.enough(amount):
-                meter.attempt(go_on)
-            elif self.spent_out:
-                meter.end(self.error())
-            else:
-                self.waiting.append((meter, amount, go_on))
-        if self.waiting:
-            self.ask(max(amount for _, amount, _ in self.waiting))
-
-    def enough(self, amount: int) -> bool:
-        """Whether `amount` may be spent of what is in hand."""
-        self.turn()
-        return self.left >= amount and self.left > 0
-
-    def error(self) -> QuotaError:
-        """What a device is told whose quota is spent."""
-        now, quota = utc_now(), self.quota
-        seconds = max(1.0, (self.span.resets_at - now).total_seconds())
-        return QuotaError(
-            f"the {quota.level}'s quota of {quota.limit} {quota.resource} is spent; it resets at "
-            f"{self.span.resets_at:%Y-%m-%d %H:%M:%S} UTC. What was finished is kept: go on then, or ask your operator",
-            retry_after_s=seconds,
-        )
-
-    def _window(self, now: datetime) -> Window:
-        found = window(self.quota, now)
-        if found is None:
-            raise ValueError(f"{self.quota.resource} has no window")
-        return found
-
-
-@dataclass(eq=False)
-class Rate:
-    """Bytes a second, both ways together: devices are held back, not sent away."""
-
-    quota: Quota
-    bank: Bank
-    left: int = 0
-    asking: bool = False
-    meters: set[SessionMeter] = field(default_factory=set)
-    held: set[SessionMeter] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.left = self.block
-
-    @property
-    def block(self) -> int:
-        return max(1, int(self.quota.limit * RATE_BLOCK_S))
-
-    def spend(self, amount: int, meter: SessionMeter) -> None:
-        self.left -= amount
-        if self.left <= 0 or self.left < self.block // 2:
-            self._ask()
-        if self.left <= 0 and meter not in self.held and not meter.closed:
-            self.held.add(meter)
-            meter.hold_back(self)
-
-    def granted(self, nbytes: int) -> None:
-        """So many bytes may go now."""
-        self.asking = False
-        self.left += nbytes
-        if self.left > 0:
-            held, self.held = self.held, set()
-            for meter in held:
-                meter.let_go(self)
-        if self.left <= 0 or self.left < self.block // 2:
-            self._ask()
-
-    def _ask(self) -> None:
-        if not self.asking:
-            self.asking = True
-            self.bank.pace(self, max(self.block, 1 - self.left))
-
-
-@dataclass(eq=False)
-class Holding:
-    """Memory that sessions of one quota may hold on this backbone.
-
-    most : what they hold is no more than this, all that was let in since it was last added up; for most tokens it need
-        not be.
-    """
-
-    quota: Quota
-    meters: set[SessionMeter] = field(default_factory=set)
-    most: int = 0
-
-    def check(self, nbytes: int) -> None:
-        """Raise `QuotaError` if `nbytes` more are too many, `ConfigurationError` if they never fit."""
-        if nbytes > self.quota.limit:
-            raise ConfigurationError(
-                f"this pass must keep {nbytes} bytes, over the {self.quota.level}'s quota of {self.quota.limit} "
-                "kv_memory_bytes; use shorter texts or smaller batches"
-            )
-        if self.most + nbytes <= self.quota.limit:
-            self.most += nbytes
-            return
-        held = self.most = sum(meter.session.held_bytes for meter in self.meters if meter.session is not None)
-        self.most += nbytes
-        if held + nbytes > self.quota.limit:
-            self.most = held
-            raise QuotaError(
-                f"this pass must keep {nbytes} bytes beside {held} that sessions of this {self.quota.level} hold, over "
-                f"its quota of {self.quota.limit} kv_memory_bytes; use shorter texts or smaller batches, or end other "
-                "sessions",
-                retry_after_s=FULL_S,
-            )
-
-
-@dataclass(eq=False)
-class Slots:
-    """Concurrent sessions of one quota, counted in Valkey."""
-
-    quota: Quota
-    meters: set[SessionMeter] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        return f"slots:{self.quota.id}"
-
-
-Shared = Allowance | Rate | Holding | Slots
 
 
 @dataclass(eq=False)
@@ -336,31 +105,39 @@ class SessionMeter:
         for holding in self._holdings:
             holding.check(nbytes)
         self._settle()
-        needed = [(one, tokens) for one in self._tokens] + [(one, 1) for one, _ in self._bytes]
-        self._admit(needed, tokens, go_on)
+        self._admit(tokens, go_on)
 
-    def _admit(self, needed: list[tuple[Allowance, int]], tokens: int, go_on: Callable[[], None]) -> None:
-        for allowance, amount in needed:
-            if allowance.enough(amount):
-                continue
-            if amount > allowance.quota.limit:
+    def _admit(self, tokens: int, go_on: Callable[[], None]) -> None:
+        short, amount = self._short(tokens)
+        if short is not None:
+            if amount > short.limit:
                 raise ConfigurationError(
-                    f"a pass of {amount} tokens is over the {allowance.quota.level}'s quota of "
-                    f"{allowance.quota.limit} {allowance.quota.resource}; use smaller batches or shorter texts"
+                    f"a pass of {amount} tokens is over the {short.quota.level}'s quota of {short.limit} "
+                    f"{short.quota.resource}; use smaller batches or shorter texts"
                 )
-            if allowance.spent_out:
-                raise allowance.error()
-            allowance.waiting.append((self, amount, lambda: self._try_again(needed, tokens, go_on)))
-            allowance.ask(amount)
+            if short.spent_out:
+                raise short.error()
+            short.waiting.append((self, amount, lambda: self._try_again(tokens, go_on)))
+            short.ask(amount)
             return
         self.tokens += tokens
         for allowance in self._tokens:
             allowance.spend(tokens)
         go_on()
 
-    def _try_again(self, needed: list[tuple[Allowance, int]], tokens: int, go_on: Callable[[], None]) -> None:
+    def _short(self, tokens: int) -> tuple[Allowance | None, int]:
+        """The first allowance that has not enough in hand for so many tokens, and how much that would be."""
+        for allowance in self._tokens:
+            if not allowance.enough(tokens):
+                return allowance, tokens
+        for allowance, _ in self._bytes:
+            if not allowance.enough(1):
+                return allowance, 1
+        return None, 0
+
+    def _try_again(self, tokens: int, go_on: Callable[[], None]) -> None:
         try:
-            self._admit(needed, tokens, go_on)
+            self._admit(tokens, go_on)
         except PrivateLoraError as error:
             self.end(error)
 
@@ -451,13 +228,3 @@ class SessionMeter:
         if self._keep_alive is not None:
             self._keep_alive.cancel()
             self._keep_alive = None
-
-
-def shared_for(quota: Quota, bank: Bank, largest_bytes: int, largest_tokens: int) -> Shared:
-    """What sessions of a quota share."""
-    resource = Resource(quota.resource)
-    if resource in WINDOWS:
-        return Allowance(quota, bank, largest_tokens if resource is Resource.TOKENS_PER_MINUTE else largest_bytes)
-    if resource is Resource.BYTES_PER_SECOND:
-        return Rate(quota, bank)
-    return Holding(quota) if resource is Resource.KV_MEMORY_BYTES else Slots(quota)

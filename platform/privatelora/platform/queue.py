@@ -46,6 +46,7 @@ log = structlog.get_logger("privatelora.platform")
 RUN = "privatelora.run"  # name of the Celery task
 QUEUE = "privatelora"
 BEAT_LOOK_S = 2  # until a changed schedule is noticed, at most
+NAP_S = 0.02  # of a beat that found nothing due: Celery wakes 10 ms before a time, and would ask without end until then
 AGAIN_S = 2.0  # after which a beat's database or broker that was lost is tried again
 BROKER_AWAY = (KombuError, RedisError, OSError)
 
@@ -197,11 +198,12 @@ class PatientScheduler(DatabaseScheduler):  # type: ignore[misc]  # the package 
 
     alive: Callable[[], None] = staticmethod(lambda: None)
     _reached = True  # what it last wanted to send a message to
+    _sent = False  # whether this tick had something to send
     _changed_at: Any = None  # the newest change that it knows of
     _look_at = 0.0  # monotonic, seconds: not before then
 
     def tick(self, *args: Any, **more: Any) -> float:
-        self._reached = True
+        self._reached, self._sent = True, False
         try:
             until_next_s = float(super().tick(*args, **more))
         except (SQLAlchemyError, *BROKER_AWAY) as error:
@@ -209,10 +211,11 @@ class PatientScheduler(DatabaseScheduler):  # type: ignore[misc]  # the package 
             return AGAIN_S
         if self._reached:
             self.alive()
-        return until_next_s
+        return until_next_s if self._sent else max(until_next_s, NAP_S)
 
     def apply_entry(self, entry: ScheduleEntry, producer: Any = None) -> None:
         """Send an entry's message; one that cannot be sent is made up for by a worker's sweep."""
+        self._sent = True
         try:
             self.apply_async(entry, producer=producer, advance=False)
         except SchedulingError as error:

@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         default=30, ge=1, description="requests with a wrong key from one address before it must wait, per process"
     )
     lease_bytes: int = Field(
-        default=32 << 20, ge=1, description="most bytes of a quota that a backbone holds, or has not written yet"
+        default=64 << 20, ge=1, description="most bytes of a quota that a backbone holds, or has not written yet"
     )
     lease_tokens: int = Field(default=4000, ge=1, description="most tokens of a quota that a backbone holds")
     slot_s: float = Field(

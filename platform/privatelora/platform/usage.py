@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from functools import cache
 from typing import Any
 
-from sqlalchemy import bindparam, func, select, update
+from sqlalchemy import Insert, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from privatelora.platform.tables import SessionRow, SessionState, UsageDay, UsageHour
 
 COUNTS = ("bytes_up", "bytes_down", "tokens")
+COUNTED = (*COUNTS, "sessions")
 CHUNK = 500  # rows of one statement
 
 
@@ -76,17 +78,23 @@ def add(session: Session, now: datetime, used: Iterable[tuple[str, str, int, int
     """Add (key, user, bytes up, bytes down, tokens, sessions) to hours and days."""
     rows = sorted(used)  # all backbones take their locks in one order
     hour = now.replace(minute=0, second=0, microsecond=0)
-    names = (*COUNTS, "sessions")
     by_user: dict[str, list[int]] = {}
-    for key, user, *counts in rows:
-        values = {"key_id": key, "user_id": user, "hour": hour, **dict(zip(names, counts, strict=True))}
-        _upsert(session, UsageHour, ("key_id", "hour"), values, names)
-        total = by_user.setdefault(user, [0] * len(names))
+    for _, user, *counts in rows:
+        total = by_user.setdefault(user, [0] * len(COUNTED))
         for at, count in enumerate(counts):
             total[at] += count
-    for user, counts in sorted(by_user.items()):
-        values = {"user_id": user, "day": now.date(), **dict(zip(names, counts, strict=True))}
-        _upsert(session, UsageDay, ("user_id", "day"), values, names)
+    hours = [
+        {"key_id": key, "user_id": user, "hour": hour, **dict(zip(COUNTED, counts, strict=True))}
+        for key, user, *counts in rows
+    ]
+    days = [
+        {"user_id": user, "day": now.date(), **dict(zip(COUNTED, counts, strict=True))}
+        for user, counts in sorted(by_user.items())
+    ]
+    if rows:
+        into_hours, into_days = _upserts(session.get_bind().dialect.name)
+        session.connection().execute(into_hours, hours)
+        session.connection().execute(into_days, days)
 
 
 def mend(session: Session, since: date) -> int:
@@ -100,10 +108,9 @@ def mend(session: Session, since: date) -> int:
         return 0
     start = max(start, datetime.combine(oldest.date() + timedelta(days=1 if oldest.hour else 0), time(), UTC))
     sums: dict[tuple[str, date], list[int]] = {}
-    names = (*COUNTS, "sessions")
     for row in session.scalars(select(UsageHour).where(UsageHour.hour >= start).with_for_update()):
-        total = sums.setdefault((row.user_id, row.hour.date()), [0] * len(names))
-        for at, name in enumerate(names):
+        total = sums.setdefault((row.user_id, row.hour.date()), [0] * len(COUNTED))
+        for at, name in enumerate(COUNTED):
             total[at] += getattr(row, name)
     days = session.scalars(select(UsageDay).where(UsageDay.day >= start.date()).with_for_update())
     known = {(row.user_id, row.day): row for row in days}
@@ -111,10 +118,10 @@ def mend(session: Session, since: date) -> int:
     for (user, day), total in sums.items():
         found = known.get((user, day))
         if found is None:
-            session.add(UsageDay(user_id=user, day=day, **dict(zip(names, total, strict=True))))
+            session.add(UsageDay(user_id=user, day=day, **dict(zip(COUNTED, total, strict=True))))
             changed += 1
-        elif [getattr(found, name) for name in names] != total:
-            for name, count in zip(names, total, strict=True):
+        elif [getattr(found, name) for name in COUNTED] != total:
+            for name, count in zip(COUNTED, total, strict=True):
                 setattr(found, name, count)
             changed += 1
     return changed
@@ -143,10 +150,14 @@ def _row_of(one: Reading) -> dict[str, Any]:
     }
 
 
-def _upsert(
-    session: Session, table: type[UsageHour | UsageDay], by: Sequence[str], values: dict[str, Any], add: Sequence[str]
-) -> None:
-    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
-    insert = dialect.insert(table).values(values)
-    grown = {name: getattr(table, name) + getattr(insert.excluded, name) for name in add}
-    session.execute(insert.on_conflict_do_update(index_elements=list(by), set_=grown))
+@cache
+def _upserts(dialect: str) -> tuple[Insert, Insert]:
+    """The statements that add a row's counts to its hour, and to its day."""
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+
+    def adding(table: type[UsageHour | UsageDay], by: Sequence[str]) -> Insert:
+        made = insert(table.__table__)  # type: ignore[arg-type]  # a declarative class's table is a Table
+        grown = {name: getattr(table, name) + made.excluded[name] for name in COUNTED}
+        return made.on_conflict_do_update(index_elements=list(by), set_=grown)
+
+    return adding(UsageHour, ("key_id", "hour")), adding(UsageDay, ("user_id", "day"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 
-from sqlalchemy import func, or_, select, tuple_
+from sqlalchemy import bindparam, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from privatelora.platform.tables import ApiKey, Level, Quota, Resource, UsageHour, User
@@ -23,6 +23,9 @@ WINDOWS = {
 }
 """Resources that are spent until a window ends; the others are limits at any time."""
 
+_OF_SUBJECTS = (
+    select(Quota).where(tuple_(Quota.level, Quota.subject).in_(bindparam("of", expanding=True))).order_by(Quota.id)
+)
 _COLUMN = {Resource.BYTES_UP_PER_DAY: UsageHour.bytes_up, Resource.BYTES_DOWN_PER_DAY: UsageHour.bytes_down}
 
 
@@ -51,8 +54,7 @@ def applying(session: Session, *, user: str, key_id: str | None, plan: str, team
 
 def of_subjects(session: Session, of: list[tuple[str, str]]) -> list[Quota]:
     """The quotas of these levels and subjects, by id."""
-    found = select(Quota).where(tuple_(Quota.level, Quota.subject).in_(of)).order_by(Quota.id)
-    return list(session.scalars(found)) if of else []
+    return list(session.scalars(_OF_SUBJECTS, {"of": of})) if of else []
 
 
 def window(quota: Quota, now: datetime) -> Window | None:

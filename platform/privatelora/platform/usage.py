@@ -50,15 +50,7 @@ def flush(session: Session, readings: Sequence[Reading], now: datetime) -> None:
     """Write what sessions have used, and add what is new of it to their keys' hours and their users' days."""
     hours: dict[tuple[str, str], list[int]] = {}
     for chunk in (readings[at : at + CHUNK] for at in range(0, len(readings), CHUNK)):
-        known = {
-            row.id: row
-            for row in session.execute(
-                select(SessionRow.id, SessionRow.bytes_up, SessionRow.bytes_down, SessionRow.tokens)
-                .where(SessionRow.id.in_([one.id for one in chunk]))
-                .order_by(SessionRow.id)
-                .with_for_update()
-            )
-        }
+        known = {row.id: row for row in session.execute(_KNOWN, {"ids": [one.id for one in chunk]})}
         written = []
         for one in chunk:
             row = known.get(one.id)
@@ -127,6 +119,12 @@ def mend(session: Session, since: date) -> int:
     return changed
 
 
+_KNOWN = (
+    select(SessionRow.id, SessionRow.bytes_up, SessionRow.bytes_down, SessionRow.tokens)
+    .where(SessionRow.id.in_(bindparam("ids", expanding=True)))
+    .order_by(SessionRow.id)
+    .with_for_update()
+)
 _UPDATE = (
     update(SessionRow.__table__)  # type: ignore[arg-type]  # a declarative class's table is a Table
     .where(SessionRow.__table__.c.id == bindparam("of_session"))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy_celery_beat.models import PeriodicTask
+from tests.support.servers import ValkeyServer
 
 from privatelora.platform import schedules
 from privatelora.platform.audit import Actor
 from privatelora.platform.database import Database
+from privatelora.platform.jobs.runner import Services
+from privatelora.platform.queue import PatientScheduler, celery_app
+from privatelora.platform.settings import Settings
 from privatelora.platform.tables import AuditEntry, Device, Job, Schedule, User, new_id, utc_now
+from privatelora.platform.valkey import connect
 from privatelora.protocol.errors import ConfigurationError
 
 OPERATOR = Actor(user="usr_operator", key="key_operator")
@@ -166,6 +173,27 @@ def test_a_device_kind_is_queued_for_each_device_of_the_target_whose_policy_allo
         assert sorted(str(job.device_id) for job in jobs) == sorted(devices[name].id for name in expected)
         assert {(job.schedule_id, job.priority, job.deadline) for job in jobs} == {(row.id, 3, now + MINUTE)}
         assert fired(database, row, now) == []
+
+
+def test_beat_does_not_ask_without_end_in_the_moment_before_a_time(
+    database: Database, valkey: ValkeyServer, tmp_path: Path
+) -> None:
+    with database.write() as session:
+        schedules.ensure_defaults(session)
+    url = database.engine.url.render_as_string(hide_password=False)
+    settings = Settings(database_url=url, valkey_url=valkey.url, data_dir=tmp_path)
+    services = Services(settings, database, connect(valkey.url), "beat")
+    app = celery_app(settings, services)
+    scheduler = PatientScheduler(app=app, max_interval=2)
+    asked, sent, until = 0, 0, time.monotonic() + 2.5 * schedules.SWEEP_S
+    while time.monotonic() < until:
+        time.sleep(max(0.0, scheduler.tick()))
+        asked, sent = asked + 1, sent + scheduler.sent
+    assert sent >= 2
+    assert asked < 10 * sent + 20  # it was a hundred and more for each
+    scheduler.close()  # writes its notes
+    app.close()
+    services.valkey.close()
 
 
 def test_what_every_service_does_is_made_once_and_stays_as_operators_leave_it(database: Database) -> None:

@@ -198,9 +198,10 @@ class Engine:
     def _many(self, point: Point, passes: list[Pass]) -> None:
         """A unit on the loop with all of torch's threads, and then what needs no answer: many take longer to come."""
         began, codec_s = time.process_time(), CODEC.seconds
-        for thread in itertools.chain.from_iterable(self._threads.values()):
-            thread.close(wait=False)  # none has work, but its team may be there
-        self._team = True
+        if not self._team:
+            for thread in itertools.chain.from_iterable(self._threads.values()):
+                thread.close(wait=False)  # none has work, but its team may be there
+            self._team = True
         use_threads(self.torch_threads)
         done, seconds = self._compute(point, passes)
         use_threads(1)

@@ -70,7 +70,7 @@ class Work(Hashable, Protocol):
 class Run:
     """Compute these passes together.
 
-    one_layer : whether all that any of them has left until its next stop is one layer.
+    one_layer : whether they stop at the next layer, by the fewest layers and stops that one of them has left.
     """
 
     point: Point

@@ -197,13 +197,13 @@ class PatientScheduler(DatabaseScheduler):  # type: ignore[misc]  # the package 
     """The package's scheduler, which goes on while its database or broker is away, and says so in a line."""
 
     alive: Callable[[], None] = staticmethod(lambda: None)
+    sent = False  # whether the newest tick had something to send
     _reached = True  # what it last wanted to send a message to
-    _sent = False  # whether this tick had something to send
     _changed_at: Any = None  # the newest change that it knows of
     _look_at = 0.0  # monotonic, seconds: not before then
 
     def tick(self, *args: Any, **more: Any) -> float:
-        self._reached, self._sent = True, False
+        self._reached, self.sent = True, False
         try:
             until_next_s = float(super().tick(*args, **more))
         except (SQLAlchemyError, *BROKER_AWAY) as error:
@@ -211,11 +211,11 @@ class PatientScheduler(DatabaseScheduler):  # type: ignore[misc]  # the package 
             return AGAIN_S
         if self._reached:
             self.alive()
-        return until_next_s if self._sent else max(until_next_s, NAP_S)
+        return until_next_s if self.sent else max(until_next_s, NAP_S)
 
     def apply_entry(self, entry: ScheduleEntry, producer: Any = None) -> None:
         """Send an entry's message; one that cannot be sent is made up for by a worker's sweep."""
-        self._sent = True
+        self.sent = True
         try:
             self.apply_async(entry, producer=producer, advance=False)
         except SchedulingError as error:

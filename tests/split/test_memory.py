@@ -53,25 +53,30 @@ def test_weights_are_held_once_whatever_the_number_of_sessions(fleet: Fleet) -> 
 
 
 def test_memory_of_sessions_that_ended_is_used_again(fleet: Fleet) -> None:
-    """Devices that come, leave a cache and a training pass half done, and go: the service does not grow with them."""
+    """Devices that come, leave a cache and a training pass half done, and go: the service does not grow with them.
+
+    What malloc gives back to the system, and when, lets a service's resident memory rise and fall by up to 56 MB from
+    one device to the next; the highest of several is steady within 5.
+    """
     running = fleet.service(SMOLLM2)
     with fleet.session(SMOLLM2, placement="paper") as me:
         batch = Batch.of(random_examples((TOKENS,), me.config.vocab_size))
 
-        def come_and_go() -> None:
+        def most_after(devices: int) -> int:
+            """The most bytes that the service had after one of so many devices had come and gone."""
+            return max(after_another() for _ in range(devices))
+
+        def after_another() -> int:
             remote = another_connection(me)
             prefill(me, remote)
             h = me.model.enter(batch.tokens, me.model.ragged(batch.lengths), me.adapter)
             remote.forward(h, batch.spans(), Phase.TRAIN, me.adapter, batch.rows)
             remote.disconnect()
+            return running.memory_bytes()
 
-        for _ in range(3):
-            come_and_go()
-        settled = running.memory_bytes()
-        for _ in range(8):
-            come_and_go()
+        settled = most_after(6)
         state = TOKENS * SMOLLM2_KV  # of one session's cache alone; its activations are several times that
-        assert running.memory_bytes() - settled < 8 * state
+        assert most_after(8) - settled < 4 * state
 
 
 def test_a_session_holds_its_caches_and_activations_only_and_leaves_nothing(fleet: Fleet, tmp_path: Path) -> None:

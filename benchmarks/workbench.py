@@ -142,7 +142,7 @@ def service(dtype: str, data_dir: Path, folder: Path) -> Iterator[Address]:
     options = ["--port", "0", "--json", "--dtype", dtype, "--data-dir", str(data_dir), "--log-level", "warning"]
     options += ["--max-sessions", str(MAX_SESSIONS)]
     command = [sys.executable, "-m", "privatelora.platform", "backbone", *options]
-    with log.open("w") as stderr, process(command, stderr) as child:
+    with log.open("a") as stderr, process(command, stderr) as child:  # another of that name may be running
         assert child.stdout is not None
         line = child.stdout.readline()  # one JSON line when it is ready, nothing if it ended
         if not line:

@@ -197,6 +197,7 @@ def test_batches_of_decoded_tokens_are_the_loops_though_they_are_apart_unless_so
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
     monkeypatch.setattr(engine, "SHORT_ROWS", 0)  # each counts as many
+    monkeypatch.setattr(engine, "LOOP_S", 10.0)  # however long this machine takes for a layer
 
     async def work(service: Service) -> None:
         owners = [service.begin(Way.TRAIN)] if training else []

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from privatelora.platform import keys, quotas, usage
 from privatelora.platform.database import Database
+from privatelora.platform.leases import Grant
 from privatelora.platform.quotas import window
+from privatelora.platform.shared import Allowance
 from privatelora.platform.tables import (
     BackboneNode,
     Quota,
@@ -104,6 +106,36 @@ def test_what_is_used_of_a_daily_quota_counts_from_its_reset(used: Used, level: 
             assert quotas.used(session, one, NOON) == expected
         assert quotas.used(session, quota(Resource.BYTES_DOWN_PER_DAY, level, subject), NOON) == 30
         assert quotas.used(session, quota(Resource.BYTES_UP_PER_DAY, level, "another"), NOON) == 0
+
+
+class Asked:
+    """A bank that answers when the test says."""
+
+    def __init__(self) -> None:
+        self.wants: list[int] = []
+
+    def ask(self, allowance: Allowance, want: int) -> None:
+        self.wants.append(want)
+
+    def write(self) -> None: ...
+
+    def pace(self, rate: object, nbytes: int) -> None: ...
+
+
+@pytest.mark.parametrize(("limit", "spent_out"), [(2000, False), (1000, True), (500, True)])
+def test_a_block_that_comes_after_its_quota_was_changed_ends_nobody_who_may_have_more(
+    limit: int, spent_out: bool
+) -> None:
+    asked_for, changed = quota(Resource.BYTES_UP_PER_DAY), quota(Resource.BYTES_UP_PER_DAY)
+    changed.limit = limit
+    bank = Asked()
+    allowance = Allowance(asked_for, bank, largest=1000)
+    allowance.ask(0)
+    allowance.change(changed)
+    allowance.granted(asked_for, allowance.span, bank.wants[0], Grant(0, 1000, b"epoch"))
+    assert allowance.spent_out is spent_out
+    allowance.ask(0)
+    assert len(bank.wants) == (1 if spent_out else 2)
 
 
 @given(

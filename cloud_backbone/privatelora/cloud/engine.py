@@ -4,8 +4,8 @@
 
 Each of the scheduler's lanes has threads, so that sockets are served while matrices are multiplied (torch releases the
 interpreter lock inside its kernels), and a chat never waits behind somebody's training step. Decoded tokens are
-computed on the loop itself where they are few, or where nobody else is there to be served. All bookkeeping is done on
-the loop.
+computed on the loop itself where they are few, or where nothing longer is computed. All bookkeeping is done on the
+loop.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ class Engine:
         layer_s = max(self.scheduler.costs[Lane.DECODE].seconds(rows), self._layer_s)
         if self._tasks[Lane.DECODE] or layer_s > LOOP_S:
             return False
-        alone = picked.one_layer and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
-        return rows <= (ALONE_ROWS if alone else SHORT_ROWS)
+        nothing_longer = picked.one_layer and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
+        return rows <= (ALONE_ROWS if nothing_longer else SHORT_ROWS)
 
     def _few(self, point: Point, passes: list[Pass]) -> None:
         """A unit on the loop; what needs no answer comes when nothing else is to be done."""

@@ -161,7 +161,7 @@ class LeaseBank:
             if allowance.meters or allowance.waiting:
                 allowance.ask(0)
             return
-        allowance.granted(span, want, grant.amount, grant.total, grant.epoch)
+        allowance.granted(quota, span, want, grant)
         if self._shared.get(quota.id) is not allowance:  # its last session ended meanwhile
             await self._give_back(allowance)
         for kind, limit in (("quota.soft_limit", quota.soft_limit), ("quota.spent", quota.limit)):

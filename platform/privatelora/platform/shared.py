@@ -22,6 +22,7 @@ from privatelora.platform.tables import Quota, Resource, utc_now
 from privatelora.protocol.errors import ConfigurationError, QuotaError
 
 if TYPE_CHECKING:
+    from privatelora.platform.leases import Grant
     from privatelora.platform.meter import SessionMeter
 
 SHARE = 20  # a block is at most one so many of the limit, so that the last of it is not all in one backbone's hand
@@ -131,14 +132,17 @@ class Allowance(Shared):
             self.spent_out = False
             self.left = self.taken = self.spent = self.written = 0
 
-    def granted(self, span: Window, asked: int, amount: int, total: int, epoch: bytes) -> None:
-        """A block came, or less than one; of an old window it is nothing."""
+    def granted(self, quota: Quota, span: Window, asked: int, grant: Grant) -> None:
+        """A block came, or less than one; of an old window it is nothing.
+
+        `quota` is what the limit was when it was asked for: one that has been raised since may still have more.
+        """
         self.asking = False
         if span == self.span:
-            self.left += amount
-            self.taken += amount
-            self.total, self.epoch = total, epoch
-            self.spent_out = amount < asked
+            self.left += grant.amount
+            self.taken += grant.amount
+            self.total, self.epoch = grant.total, grant.epoch
+            self.spent_out = grant.amount < asked and quota.limit >= self.limit
         self.serve()
 
     def serve(self) -> None:

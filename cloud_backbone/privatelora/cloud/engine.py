@@ -36,7 +36,7 @@ SHORT_ROWS = 8
 """Rows up to which decoded tokens are computed on the event loop: a layer of them takes less time than two thread
 switches are worth."""
 
-ALONE_ROWS = 64
+LOOP_ROWS = 64
 """And up to so many where nothing longer is computed: what the loop does for others waits a layer meanwhile, but what
 was handed to a thread and back took longer, as both want the interpreter. Of 32 sessions a step took 82 ms instead of
 108, together with `threads.py`; of 64, 157 instead of 207, and of 128 about the same. A thread is no better for a
@@ -184,7 +184,7 @@ class Engine:
         if self._tasks[Lane.DECODE] or layer_s > LOOP_S:
             return False
         nothing_longer = picked.one_layer and not self._tasks[Lane.LONG] and self.scheduler.idle(Lane.LONG)
-        return rows <= (ALONE_ROWS if nothing_longer else SHORT_ROWS)
+        return rows <= (LOOP_ROWS if nothing_longer else SHORT_ROWS)
 
     def _few(self, point: Point, passes: list[Pass]) -> None:
         """A unit on the loop; what needs no answer comes when nothing else is to be done."""
